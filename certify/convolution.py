@@ -1,7 +1,7 @@
 """Spectral norms of stored convolutions, proved: float64, every rounding included.
 
 A convolution of an image is part of a convolution on a torus, which is one matrix for each frequency. `zeros_axis` and `circular_axis` say which torus and
-why, `_polyphase` turns strides into channels, `_largest_on_grid` bounds the matrices, and `_any_frequency` what lies between those of a coarser grid.
+why, `_polyphase` turns strides into channels, `_largest_gram` bounds the matrices, and `_any_frequency` what lies between those of a coarser grid.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -280,25 +280,45 @@ def _norm_on_grid(
     size = np.abs(scaled).sum(axis=(0, 1))  # (groups, rows, columns)
     spread = float(np.sqrt((size * size).sum(axis=(1, 2))).max()) * (1 + 1e-6)
     rounding = gamma(taps.shape[0] * taps.shape[1] + _TWIDDLE) * spread + 2.0**-500  # of the responses, in the Frobenius norm
-    value = (math.sqrt(_largest_on_grid(scaled, points)) + rounding) * _SLACK
+    return _unscaled((math.sqrt(_largest_gram(_responses(scaled, points))) + rounding) * _SLACK, exponent)
+
+
+def spectrum_norm(
+    spectrum: NDArray[np.complex128],  # (frequencies, rows, columns)
+) -> float:
+    """A proved upper bound on the largest singular value of a stack of complex matrices. Raises CertifyError for NaN or infinite numbers."""
+    if not np.isfinite(spectrum).all():
+        raise CertifyError("a spectrum holds NaN or infinite numbers; load weights that are finite")
+    if not spectrum.any():
+        return 0.0
+    if spectrum.shape[1] > spectrum.shape[2]:
+        spectrum = spectrum.swapaxes(1, 2)
+    exponent = math.frexp(max(float(np.abs(part).max()) for part in (spectrum.real, spectrum.imag)))[1]
+    step = max(1, _CHUNK // (4 * spectrum.shape[1] * spectrum.shape[2]))
+    chunks = (spectrum[start : start + step] for start in range(0, len(spectrum), step))
+    real_forms = (_real_form(np.ldexp(chunk.real, -exponent), np.ldexp(chunk.imag, -exponent)) for chunk in chunks)
+    return _unscaled((math.sqrt(_largest_gram(real_forms)) + 2.0**-500) * _SLACK, exponent)
+
+
+def _unscaled(value: float, exponent: int) -> float:
     try:
         return up(math.ldexp(value, exponent))
     except OverflowError:
         raise CertifyError("a kernel holds numbers so large that its norm is not a float64; load weights that are smaller") from None
 
 
-def _largest_on_grid(
-    taps: Array,  # (down, across, groups, rows, columns), rows <= columns
-    points: tuple[int, int],
+def _largest_gram(
+    responses: Iterable[Array],  # of (some, n, k)
 ) -> float:
-    """A proved upper bound on the largest eigenvalue of `B B'`, over all real forms B of the responses as they are stored.
+    """A proved upper bound on the largest eigenvalue of `B B'`, over all matrices B.
 
     A Cholesky factorisation of `w I - G` that runs to its end has shown `w I - G >= -g / (1 - g) tr(w I - G)`, g = gamma_{n+1} (Higham, theorem 10.3; four
     times as much for blocked LAPACK, as in sdp.proof). The rounding of `G = B B'` is at most `gamma_k |b_i| |b_j|`, so `gamma_k tr(G)` in the Frobenius norm.
     """
-    size, inner = 2 * taps.shape[3], 2 * taps.shape[4]
+    size = inner = 0
     passed = largest_trace = 0.0
-    for response in _responses(taps, points):
+    for response in responses:
+        size, inner = response.shape[1:]
         gram = response @ response.swapaxes(1, 2)
         largest_trace = max(largest_trace, float(np.trace(gram, axis1=1, axis2=2).max()))
         passed = _pass(gram, passed)
@@ -308,7 +328,7 @@ def _largest_on_grid(
 
 
 def _responses(taps: Array, points: tuple[int, int]) -> Iterator[Array]:  # of (some, 2 rows, 2 columns)
-    """The response `R + iS` at each frequency, one of each conjugate pair, as the real matrix `[[R, -S], [S, R]]`, which has the same singular values, twice.
+    """The response `R + iS` at each frequency, one of each conjugate pair, in its real form.
 
     By direct summation. A root of unity is known to 32 units of rounding (its angle to `2.4 * 2 pi`, sine and cosine to eight each), a product of two to 68,
     so an entry of the response to `gamma_{taps + 80} sum_t |taps|`.
@@ -323,7 +343,12 @@ def _responses(taps: Array, points: tuple[int, int]) -> Iterator[Array]:  # of (
         waves = (vertical[f][:, :, None] * horizontal[g][:, None, :]).reshape(len(f), -1)
         real = (np.ascontiguousarray(waves.real) @ flat).reshape(-1, rows, columns)
         imaginary = (np.ascontiguousarray(waves.imag) @ flat).reshape(-1, rows, columns)
-        yield np.concatenate([np.concatenate([real, -imaginary], axis=2), np.concatenate([imaginary, real], axis=2)], axis=1)
+        yield _real_form(real, imaginary)
+
+
+def _real_form(real: Array, imaginary: Array) -> Array:  # (some, 2 rows, 2 columns)
+    """`[[R, -S], [S, R]]`: the singular values of `R + iS`, twice."""
+    return np.concatenate([np.concatenate([real, -imaginary], axis=2), np.concatenate([imaginary, real], axis=2)], axis=1)
 
 
 def _waves(points: int, taps: int) -> NDArray[np.complex128]:  # (points, taps)

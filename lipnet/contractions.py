@@ -58,10 +58,20 @@ class Cholesky(Contraction):
 
 @dataclasses.dataclass(frozen=True)
 class AOL(Contraction):
-    """Rows rescaled by the absolute row sums of the Gram matrix (Prach & Lampert 2022). No factorisation; loose at a random start."""
+    """Rows rescaled by the absolute row sums of the Gram matrix (Prach & Lampert 2022). No factorisation; loose at a random start.
+
+    With `squarings` the sums are of the Gram matrix squared so many times, and their root: tighter with each, at the cost of one larger product
+    (a random 3 x 3 kernel of 64 channels has norm 0.36, 0.61, 0.80 and 0.91 with 0, 1, 2 and 3).
+    """
+
+    squarings: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.squarings, int) and 0 <= self.squarings <= 6):
+            raise ValueError(f"AOL takes squarings from 0 to 6, got {self.squarings!r}")
 
     def __call__(self, free: Tensor) -> Tensor:
-        return functional.aol_contraction(free)
+        return functional.aol_contraction(free, self.squarings)
 
     def initial_kernel(self, rows: int, columns: int, size: int) -> Tensor:
         free = 0.01 * torch.randn(rows, columns, size, size) / (columns * size**2) ** 0.5
@@ -69,7 +79,7 @@ class AOL(Contraction):
         return free
 
     def kernel(self, free: Tensor, columns: int, size: int) -> Tensor:
-        return functional.aol_kernel(free)
+        return functional.aol_kernel(free, self.squarings)
 
 
 @dataclasses.dataclass(frozen=True)

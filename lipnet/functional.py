@@ -20,7 +20,7 @@ def _full_precision(map_: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(map_)
     def wrapped(free: Tensor, *args: Any, **options: Any) -> Tensor:
         with torch.autocast(free.device.type, enabled=False):
-            return map_(free if free.dtype == torch.float64 else free.float(), *args, **options)
+            return map_(free if free.dtype == torch.float64 or free.is_complex() else free.float(), *args, **options)
 
     return wrapped
 
@@ -37,11 +37,11 @@ def cayley(
     size 100), so what is certified is the result.
     """
     if free.shape[-2] < free.shape[-1]:
-        return cayley(free.mT).mT
+        return cayley(free.mH).mH
     size = free.shape[-1]
     eye = torch.eye(size, dtype=free.dtype, device=free.device)
     upper, lower = free[..., :size, :], free[..., size:, :]
-    inverse = torch.linalg.inv(eye + upper - upper.mT + lower.mT @ lower)
+    inverse = torch.linalg.inv(eye + upper - upper.mH + lower.mH @ lower)
     return torch.cat([2 * inverse - eye, -2 * lower @ inverse], dim=-2)
 
 
@@ -63,13 +63,13 @@ def cholesky_factor(
 ) -> tuple[Tensor, Tensor]:  # (rows, columns), (rows, rows)
     """Q and K with `K K' = G G' + ridge I` and `Q = K^-1 G`."""
     eye = torch.eye(free.shape[-2], dtype=free.dtype, device=free.device)
-    factor = torch.linalg.cholesky(free @ free.mT + ridge * eye)
+    factor = torch.linalg.cholesky(free @ free.mH + ridge * eye)
     return torch.linalg.solve_triangular(factor, free, upper=False), factor
 
 
 def _mean_square_row(free: Tensor) -> Tensor:
     """Mean squared row norm, kept away from 0 so that a zero matrix has a Cholesky factor too."""
-    return free.square().sum(-1).mean().clamp_min(1e-30)
+    return (free * free.conj()).real.sum(-1).mean(-1)[..., None, None].clamp_min(1e-30)
 
 
 @_full_precision
@@ -82,8 +82,8 @@ def orthonormal_columns(
     already lost the bound (norm 1.5 at 1e4).
     """
     for ridge in (1e-5, 1e-7):
-        transposed, _ = cholesky_factor(free.mT, ridge * _mean_square_row(free.mT))
-        free = transposed.mT
+        transposed, _ = cholesky_factor(free.mH, ridge * _mean_square_row(free.mH))
+        free = transposed.mH
     return free
 
 
@@ -93,32 +93,71 @@ def block_reflector(
 ) -> Tensor:  # (size, size)
     """`I - 2 V (V'V)^-1 V'`: symmetric and orthogonal (BRO; Lai et al. 2025), with V orthonormalised by CholeskyQR2 first."""
     basis = orthonormal_columns(free)
-    return torch.eye(free.shape[-2], dtype=free.dtype, device=free.device) - 2 * basis @ basis.mT
+    return torch.eye(free.shape[-2], dtype=free.dtype, device=free.device) - 2 * basis @ basis.mH
 
 
 @_full_precision
 def aol_contraction(
     free: Tensor,  # (rows, columns)
+    squarings: int = 0,
 ) -> Tensor:  # (rows, columns)
-    """`D^-1/2 W` with `D_ii = sum_k |W W'|_ik`: a contraction (AOL; Prach & Lampert 2022, with the Gram matrix of the rows).
+    """`D^-1/2 W` with `D_ii = (sum_k |(W W')^q|_ik)^(1/q)`, q = 2^squarings: a contraction (AOL; Prach & Lampert 2022, of the rows; q = 1 is theirs).
 
-    `D - W W'` is diagonally dominant with a non-negative diagonal, so `W W' <= D`.
+    `D^q - (W W')^q` is diagonally dominant with a non-negative diagonal, so `(W W')^q <= D^q`, and roots keep the order (Loewner & Heinz): `W W' <= D`.
     """
-    sums = (free @ free.mT).abs().sum(-1, keepdim=True)
-    return free * sums.clamp_min(1e-30).rsqrt()
+    gram = free @ free.mH
+    return free * _root_of_sums(gram, squarings, lambda power: power.abs().sum(-1, keepdim=True))
 
 
 @_full_precision
 def aol_kernel(
     free: Tensor,  # (rows, columns, height, width)
+    squarings: int = 0,
 ) -> Tensor:  # (rows, columns, height, width)
-    """The kernel with each row divided by the square root of `t_i = sum_j |K_i * K_j|_1`: its convolution is a contraction (AOL).
+    """The kernel with row i divided by the square root of `t_i = (sum_j |G^q_ij|_1)^(1/q)`, q = 2^squarings: its convolution is a contraction.
 
-    `K_i * K_j` are the kernels of the Gram operator `W W'`. Holds for zero and circular padding, every size, stride and dilation: those only leave
-    entries of W W' out, or add them up.
+    G^q are the kernels of the operator `(W W')^q` on the whole plane, for which the proof is that of `aol_contraction`; q = 1 is AOL. Holds for zero and
+    circular padding, every size, stride and dilation: such a convolution is a compression of the one on the plane, or a sum of its values at some frequencies.
+    Powers are taken frequency by frequency, on a torus so large that nothing wraps around.
     """
-    sums = gram_kernel(free).abs().sum((1, 2, 3))
-    return free * sums.clamp_min(1e-30).rsqrt()[:, None, None, None]
+    if not squarings:
+        sums = gram_kernel(free).abs().sum((1, 2, 3))
+        return free * sums.clamp_min(1e-30).rsqrt()[:, None, None, None]
+    grid = [2 ** (squarings + 1) * (taps - 1) + 1 for taps in free.shape[-2:]]
+    responses = spectrum(free, (grid[0], grid[1]))
+
+    def sums_of(power: Tensor) -> Tensor:  # (frequencies, rows, rows) -> (rows, 1)
+        kernels = torch.fft.irfft2(power.permute(1, 2, 0).unflatten(-1, (grid[0], -1)), s=grid)
+        return kernels.abs().sum((1, 2, 3))[:, None]
+
+    return free * _root_of_sums(responses @ responses.mH, squarings, sums_of)[:, :, None, None]
+
+
+def _root_of_sums(gram: Tensor, squarings: int, sums_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """`t^-1/2` with `t = sums_of(gram^q)^(1/q)`, q = 2^squarings; the largest entry is brought to 1 after each squaring, so that nothing overflows."""
+    power, scale = gram, gram.new_ones((), dtype=gram.real.dtype)
+    for i in range(squarings + 1):
+        power = power @ power if i else power
+        largest = power.detach().abs().amax().clamp_min(1e-30)
+        power, scale = power / largest, scale * largest ** (0.5**i)  # gram^(2^i) = scale^(2^i) power
+    return (sums_of(power).clamp_min(1e-30) ** (0.5**squarings) * scale).clamp_min(1e-30).rsqrt()
+
+
+def spectrum(
+    kernel: Tensor,  # (out, in, height, width)
+    grid: tuple[int, int],  # not smaller than the kernel
+) -> Tensor:  # (grid[0] * (grid[1] // 2 + 1), out, in), complex
+    """The frequency responses of a convolution on a torus, its centre at the origin; one of each conjugate pair, in the order of `torch.fft.rfft2`.
+
+    As one product with the matrix of waves: kernels have few taps, and the frequencies come first, as they are needed.
+    """
+    axes = [(torch.arange(taps, device=kernel.device, dtype=torch.float64) - taps // 2) for taps in kernel.shape[-2:]]
+    rows = torch.arange(grid[0], device=kernel.device)[:, None] * axes[0] * (2 * torch.pi / grid[0])
+    columns = torch.arange(grid[1] // 2 + 1, device=kernel.device)[:, None] * axes[1] * (2 * torch.pi / grid[1])
+    angles = (rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (frequencies, taps)
+    taps = kernel.flatten(2).permute(2, 0, 1).flatten(1)  # (taps, out * in)
+    real, imaginary = (waves.to(kernel.dtype) @ taps for waves in (angles.cos(), angles.sin()))
+    return torch.complex(real, imaginary).unflatten(1, kernel.shape[:2])
 
 
 @_full_precision

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from lipnet.frozen import freeze
 
 
-def check_layer(make: Callable[[], nn.Module], input_shape: tuple[int, ...], constant: float | None = None, seed: int = 0) -> None:
+def check_layer(
+    make: Callable[[], nn.Module], input_shape: tuple[int, ...], constant: float | None = None, seed: int = 0, batch_statistics: bool = False
+) -> None:
     """Raise AssertionError, with a sentence, unless the layer that `make()` returns keeps the promises of a `lipnet` layer.
 
-    Its parameters are all there before the first forward and each gets a gradient; outputs do not depend on train or eval mode; they follow every change of
+    Its parameters are all there before the first forward and each gets a gradient; outputs do not depend on train or eval mode (unless the layer is said to
+    have `batch_statistics` while training); they follow every change of
     the parameters at once (in place, by `load_state_dict` in eval mode, by a fused optimiser), so nothing is cached; the frozen layer and the float64 layer
     give the same outputs; and no slope seen exceeds `constant` (l2 to l2), where one is given.
     """
@@ -22,7 +25,7 @@ def check_layer(make: Callable[[], nn.Module], input_shape: tuple[int, ...], con
     layer = make()
     x = torch.randn(16, *input_shape)
     _check_parameters(layer, x)
-    _check_outputs_follow_parameters(make, layer, x)
+    _check_outputs_follow_parameters(make, layer, x, batch_statistics)
     _check_copies(layer, x)
     if constant is not None:
         seen = largest_slope(layer, input_shape, seed=seed)
@@ -60,11 +63,11 @@ def _check_parameters(layer: nn.Module, x: Tensor) -> None:
     layer.zero_grad()
 
 
-def _check_outputs_follow_parameters(make: Callable[[], nn.Module], layer: nn.Module, x: Tensor) -> None:
+def _check_outputs_follow_parameters(make: Callable[[], nn.Module], layer: nn.Module, x: Tensor, batch_statistics: bool) -> None:
     with torch.no_grad():
         train, evaluated = layer.train()(x), layer.eval()(x)
-        assert torch.equal(train, evaluated), "outputs differ between train and eval mode"
-        other = make()
+        assert batch_statistics or torch.equal(train, evaluated), "outputs differ between train and eval mode"
+        other = make().eval()
         for parameter in other.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         layer.load_state_dict(other.state_dict())

@@ -19,6 +19,7 @@ class Row:
     broken: str | None = None  # the method of the class that gives its weights; scaling what it returns must raise the bound
     attained: bool = True  # some slope comes within 1 % of the bound
     factor: float = 1.5  # by which the weights are broken
+    batch_statistics: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -63,6 +64,8 @@ LAYERS = [
     Row("ldlt-0.5", lambda: lipnet.LDLTBlock(6, 3, (8, 5, 7), lipschitz=0.5), (6,), 0.5, exact=False, broken="weights", attained=False),
     Row("ldlt-3", lambda: lipnet.LDLTBlock(3, 6, (4, 4, 4, 4), lipschitz=3.0), (3,), 3.0, exact=False, broken="weights", attained=False),
     Row("ldlt-cayley", lambda: lipnet.LDLTBlock(6, 5, (8, 7), orthonormalizer=lipnet.Cayley(), lipschitz=3.0), (6,), 3.0, broken="weights", attained=False),
+    Row("ldlt-conv", lambda: lipnet.LDLTConv2d(3, 4, (5,)), (3, 4, 3), 1.0, exact=False, broken="weights", attained=False),
+    Row("ldlt-conv-3", lambda: lipnet.LDLTConv2d(2, 3, (5, 4), stride=2, activation=nn.Tanh(), lipschitz=3.0), (2, 4, 6), 3.0, False, "weights", False),
     Row("gershgorin", lambda: lipnet.GershgorinBlock(4, 4, (8,)), (4,), 1.0, exact=False, broken="weights", attained=False),
     Row("gershgorin-0.5", lambda: lipnet.GershgorinBlock(6, 3, (8, 5, 7), lipschitz=0.5), (6,), 0.5, exact=False, broken="weights", attained=False),
     Row("gershgorin-3", lambda: lipnet.GershgorinBlock(16, 10, (32, 32), nn.Tanh(), lipschitz=3.0), (16,), 3.0, exact=False, broken="weights", attained=False),
@@ -73,12 +76,20 @@ LAYERS = [
     Row("bro-conv", lambda: lipnet.BROConv2d(4, 4), (4, 5, 5), 1.0, exact=False, broken="weight"),
     Row("bro-conv-circular", lambda: circular(lipnet.BROConv2d, 4, 6), (4, 5, 5), 1.0, broken="weight"),
     Row("bro-conv-stride", lambda: lipnet.BROConv2d(3, 4, stride=2, rank=3, bias=False), (3, 6, 6), 1.0, exact=False, broken="weight", attained=False),
+    Row("fourier-bro", lambda: lipnet.FourierBROConv2d(4, 4, 5), (4, 5, 5), 1.0, exact=True, broken="spectra"),
+    Row("fourier-bro-circular", lambda: circular(lipnet.FourierBROConv2d, 4, 6, (4, 7)), (4, 4, 7), 1.0, broken="spectra"),
+    Row("fourier-bro-stride", lambda: lipnet.FourierBROConv2d(3, 4, (6, 8), stride=2, rank=3, bias=False), (3, 6, 8), 1.0, broken="spectra", attained=False),
+    Row("fourier-sandwich", lambda: lipnet.FourierSandwichConv2d(3, 4, (5, 6)), (3, 5, 6), 1.0, broken="spectra", attained=False),
+    Row("fourier-sandwich-circular", lambda: circular(lipnet.FourierSandwichConv2d, 3, 4, 5, activation=nn.Tanh()), (3, 5, 5), 1.0, True, "spectra", False),
+    Row("fourier-sandwich-aol", lambda: lipnet.FourierSandwichConv2d(2, 4, 6, stride=2, orthonormalizer=lipnet.AOL()), (2, 6, 6), 1.0, False, "spectra", False),
     Row("contraction-linear", lambda: lipnet.ContractionLinear(5, 7), (5,), 1.0, broken="weight"),
     Row("contraction-linear-aol", lambda: lipnet.ContractionLinear(5, 7, lipnet.AOL()), (5,), 1.0, exact=False, broken="weight"),
     Row("contraction-linear-bcop", lambda: lipnet.ContractionLinear(7, 5, BCOP), (7,), 1.0, broken="weight"),
     Row("bcop-conv", lambda: lipnet.ContractionConv2d(4, 6), (4, 5, 5), 1.0, exact=False, broken="weight"),
     Row("bcop-conv-5-circular", lambda: circular(lipnet.ContractionConv2d, 5, 4, 5), (5, 6, 7), 1.0, broken="weight"),
     Row("bcop-patches", lambda: lipnet.ContractionConv2d(3, 8, kernel_size=1, stride=2), (3, 6, 4), 1.0, broken="weight"),
+    Row("aol-1-linear", lambda: lipnet.ContractionLinear(5, 7, lipnet.AOL(squarings=1)), (5,), 1.0, exact=False, broken="weight"),
+    Row("aol-2-conv", lambda: lipnet.ContractionConv2d(3, 4, contraction=lipnet.AOL(squarings=2)), (3, 5, 5), 1.0, False, "weight", False),
     Row("aol-conv", lambda: lipnet.ContractionConv2d(4, 3, contraction=lipnet.AOL()), (4, 5, 5), 1.0, exact=False, broken="weight", attained=False),
     Row("sll", lambda: lipnet.SLLLinear(5, 7), (5,), 1.0, broken="weights"),
     Row("sll-conv", lambda: lipnet.SLLConv2d(3, 5), (3, 5, 5), 1.0, broken="weights", factor=3.0),
@@ -99,6 +110,10 @@ LAYERS = [
     Row("scale-0.5", lambda: lipnet.Scale(0.5), (3,), 0.5),
     Row("scale-3", lambda: lipnet.Scale(3.0), (3, 2), 3.0),
     Row("normalize", _normalized, (3, 2, 2), 4.0),
+    Row("batch-centering", lambda: lipnet.BatchCentering(3), (3, 4, 5), 1.0, batch_statistics=True),
+    Row("layer-centering", lambda: lipnet.LayerCentering2d(3), (3, 4, 5), 1.0),
+    Row("pad-channels", lambda: lipnet.PadChannels(3, 5), (3, 2, 2), 1.0),
+    Row("pad-channels-fewer", lambda: lipnet.PadChannels(5, 3), (5,), 1.0),
     Row("unit-rows", lambda: lipnet.UnitRowLinear(9, 5), (9,), _unit_rows_norm(), broken="weight"),
     Row("linear", _plain_linear, (2,), 3 * 5**0.5),
 ]

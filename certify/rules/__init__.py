@@ -3,6 +3,7 @@
 from certify.rules import activations as activations
 from certify.rules import bro as bro
 from certify.rules import foreign as foreign
+from certify.rules import fourier as fourier
 from certify.rules import gershgorin as gershgorin
 from certify.rules import heads as heads
 from certify.rules import ldlt as ldlt

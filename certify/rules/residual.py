@@ -13,6 +13,7 @@ from certify.errors import Problem, Unsupported
 from certify.registry import problems_of
 from certify.slopes import Slopes, activations, slopes
 from certify.spectral import as_float64
+from lipnet import LDLTConv2d
 from lipnet.layers.residual import ResidualBlock
 
 _STRETCH = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)  # multipliers at the edge of the cone leave no room for rounding; slightly larger ones do
@@ -32,7 +33,7 @@ def slope_restricted(activation: nn.Module) -> Slopes:
     return found
 
 
-def block_bound(layer: ResidualBlock, name: str) -> Bound:
+def block_bound(layer: ResidualBlock | LDLTConv2d, name: str) -> Bound:
     """The smallest L that the layer's multipliers prove for the matrices that it runs. Raises Unsupported when they prove none."""
     slope_restricted(layer.activation)
     weights = layer.weights()

@@ -28,3 +28,17 @@ def _(layer: lipnet.Normalize, shape: Shape) -> Bound:
         same_channels(len(layer.mean), shape, "Normalize")
     divisor = float(abs(as_float64(layer.divisor)).min())
     return Bound(1.0 if divisor == 1 else up(1 / divisor), "normalize: 1 / smallest std")
+
+
+@register(lipnet.BatchCentering, lipnet.LayerCentering2d)
+def _(layer: lipnet.BatchCentering | lipnet.LayerCentering2d, shape: Shape) -> Bound:
+    """A shift, after a projection for the second."""
+    same_channels(layer.channels, shape, type(layer).__name__)
+    return Bound(1.0, "centring")
+
+
+@register(lipnet.PadChannels)
+def _(layer: lipnet.PadChannels, shape: Shape) -> Bound:
+    """Zeros add nothing to a norm, and a part has no larger one."""
+    same_channels(layer.in_channels, shape, "PadChannels")
+    return Bound(1.0, "channels of zeros" if layer.out_channels >= layer.in_channels else "some of the channels")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 
 from lipnet import functional
 from lipnet.contractions import Cholesky, Contraction
-from lipnet.layers.base import contraction_of
+from lipnet.layers.base import Layer, check_sizes, contraction_of, unshuffled
 from lipnet.layers.residual import BlockWeights, ResidualBlock
 
 
@@ -71,3 +71,63 @@ class LDLTBlock(ResidualBlock):
         skip, branch = self.orthonormalizer(self.free_output).split([self.in_features, self.hidden[-1]], dim=1)
         skip = torch.linalg.solve_triangular(torch.linalg.cholesky(sigma), skip, upper=False, left=False)
         return BlockWeights(skip, branch @ root - skip @ gamma, tuple(inner), tuple(multipliers))
+
+
+class LDLTConv2d(Layer):
+    """An `LDLTBlock` at every pixel, or on every patch of stride x stride pixels: L-Lipschitz in l2 at every size of image, with the L of the block.
+
+    The pixels (patches) are separate blocks, so the constant is that of one. Between two such layers something must mix the pixels: a convolution, or patches
+    of another size. There is none by larger kernels: its inequality holds frequency by frequency, and its weights would be full spectra (see `FourierLayer`).
+    Shapes: (batch, in, height, width) -> (batch, out, height / stride, width / stride).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden: Sequence[int],
+        stride: int = 1,
+        activation: nn.Module | None = None,
+        lipschitz: float = 1.0,
+        orthonormalizer: Contraction | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(in_channels=in_channels, out_channels=out_channels, stride=stride)
+        self.in_channels, self.out_channels, self.hidden, self.stride = in_channels, out_channels, tuple(hidden), stride
+        self.block = LDLTBlock(in_channels * stride**2, out_channels, hidden, activation, lipschitz, orthonormalizer)
+        self.lipschitz = self.block.lipschitz
+
+    @property
+    def activation(self) -> nn.Module:
+        """The activation of the block."""
+        return self.block.activation
+
+    @property
+    def orthonormalizer(self) -> Contraction:
+        """What makes the last matrix of the block."""
+        return self.block.orthonormalizer
+
+    def weights(self) -> BlockWeights:
+        """The matrices of the block."""
+        return self.block.weights()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.pixel_unshuffle(x, self.stride) if self.stride > 1 else x
+        return self.block.run(x.movedim(1, -1), self.weights()).movedim(-1, 1)
+
+    def frozen(self) -> nn.Module:
+        return unshuffled(self.stride, torch.fx.symbolic_trace(_AtPixels(self.block.plain(self.weights()))))
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, {self.out_channels}, hidden={self.hidden}, stride={self.stride}, lipschitz={self.lipschitz}"
+
+
+class _AtPixels(nn.Module):
+    """A module on vectors, at every pixel; only ever traced."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.movedim(1, -1)).movedim(-1, 1)

@@ -52,13 +52,20 @@ class ResidualBlock(Layer, abc.ABC):
         return [in_features, *hidden]
 
     def forward(self, x: Tensor) -> Tensor:
-        weights, hidden = self.weights(), x
+        return self.run(x, self.weights())
+
+    def frozen(self) -> nn.Module:
+        return self.plain(self.weights())
+
+    def run(self, x: Tensor, weights: BlockWeights) -> Tensor:  # (..., in) -> (..., out)
+        """The block with these weights."""
+        hidden = x
         for matrix, bias in zip(weights.inner, self.inner_bias, strict=True):
             hidden = self.activation(nn.functional.linear(hidden, matrix, bias))
         return nn.functional.linear(x, weights.skip) + nn.functional.linear(hidden, weights.branch, self.bias)
 
-    def frozen(self) -> nn.Module:
-        weights = self.weights()
+    def plain(self, weights: BlockWeights) -> nn.Module:
+        """The block with these weights as plain torch modules."""
         steps = [part for matrix, bias in zip(weights.inner, self.inner_bias, strict=True) for part in (linear(matrix, bias), copy.deepcopy(self.activation))]
         return torch.fx.symbolic_trace(_SkipAndBranch(linear(weights.skip), nn.Sequential(*steps, linear(weights.branch, self.bias))))
 
