@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from certify.rounding import add_up, multiply_up
+from certify.text import up_text
 
 Array = NDArray[np.float64]
 
@@ -158,24 +159,6 @@ class Estimate:
     value: float
     method: str
     norm: tuple[float, float] = (2, 2)
-
-
-def up_text(value: float, digits: int = 8) -> str:
-    """A decimal that is not below the value."""
-    text = f"{value:.{digits - 1}e}" if not 1e-4 <= value < 1e6 else f"{value:.{digits}g}"
-    if float(text) >= value:
-        return text
-    step = 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1)
-    bumped = value + step
-    return f"{bumped:.{digits - 1}e}" if not 1e-4 <= value < 1e6 else f"{bumped:.{digits}g}"
-
-
-def down_text(value: float, digits: int = 4) -> str:
-    """A decimal that is not above the value."""
-    text = f"{value:.{digits}g}"
-    if not math.isfinite(value) or float(text) <= value:
-        return text
-    return f"{value - 10.0 ** (math.floor(math.log10(abs(value))) - digits + 1):.{digits}g}"
 
 
 def _steps(bound: Bound) -> tuple[Bound, ...]:

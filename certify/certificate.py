@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from certify.bound import Assumption, down_text
+from certify.bound import Assumption
+from certify.text import down_text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Data sets named by a short text: `digits`, `FILE.npz`, `mnist:DIR`, `folder:DIR`. Inputs come out in [0, 1], before any normalisation.
+"""Data sets named by a short text: `digits`, `FILE.npz`, `mnist:DIR`, `cifar10:DIR`, `folder:DIR`. Inputs come out in [0, 1], before any normalisation.
 
 Files are data that nobody vouches for: nothing in them is executed, sizes are checked before memory is set aside, and whatever is wrong with them is one
 sentence, a `DataError`. Nothing is resized, cropped, rescaled or reordered silently; mean and std belong to the model (`lipnet.Normalize`).
@@ -19,13 +19,17 @@ import zlib
 
 import numpy as np
 
-FORMS = ("digits", "digits:train", "FILE.npz", "mnist:DIR", "mnist:DIR:train", "fashion-mnist:DIR", "fashion-mnist:DIR:train", "folder:DIR")
+FORMS = (
+    "digits", "digits:train", "FILE.npz", "mnist:DIR", "mnist:DIR:train", "fashion-mnist:DIR", "fashion-mnist:DIR:train",
+    "cifar10:DIR", "cifar10:DIR:train", "folder:DIR",
+)  # fmt: skip
 MAX_BYTES = 16 * 2**30  # of the inputs, as float32: a small file can claim to unpack to anything
 _DIGITS = tuple("0123456789")
 _IDX_CLASSES = {
     "mnist": _DIGITS,
     "fashion-mnist": ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 }
+_CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 _IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # pillow goes by the content; of its other formats some start programs (EPS)
 
@@ -58,6 +62,8 @@ def load(spec: str, shape: tuple[int, ...] | None = None) -> Dataset:
         return _dataset(spec, *_digits(spec), _DIGITS, shape)
     if kind in _IDX_CLASSES and where:
         return _dataset(spec, *_mnist(spec, where), _IDX_CLASSES[kind], shape)
+    if kind == "cifar10" and where:
+        return _dataset(spec, *_cifar10(spec, where), _CIFAR10_CLASSES, shape)
     if kind == "folder" and where:
         return _dataset(spec, *_folder(spec, where, shape), shape)
     if spec.lower().endswith(".npz"):
@@ -219,8 +225,7 @@ def _pixels(spec: str, inputs: np.ndarray) -> np.ndarray:
 
 def _mnist(spec: str, where: str) -> tuple[np.ndarray, np.ndarray]:
     """(N, 1, 28, 28) and (N,), from the four files of MNIST and of the data sets that took over their names."""
-    head, _, tail = where.rpartition(":")
-    where, split = (head, tail) if head and tail in ("train", "test") else (where, "test")  # a colon may also be part of a path
+    where, split = _split(where)
     folder = _existing_folder(spec, where)
     prefix = "train" if split == "train" else "t10k"
     images = _idx(spec, folder, f"{prefix}-images", (28, 28))
@@ -230,6 +235,44 @@ def _mnist(spec: str, where: str) -> tuple[np.ndarray, np.ndarray]:
     if labels.max() > 9:
         raise DataError(f"{spec}: there is a label {labels.max()}, and the classes are 0 to 9; copy the file of labels again from its source")
     return _unit(images[:, np.newaxis]), labels
+
+
+def _split(where: str) -> tuple[str, str]:
+    """`DIR:train` and `DIR:test` as the folder and the split, which is test without either: a colon may also be part of a path."""
+    head, _, tail = where.rpartition(":")
+    return (head, tail) if head and tail in ("train", "test") else (where, "test")
+
+
+def _cifar10(spec: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 3, 32, 32) and (N,), from the binary version of CIFAR-10, in the folder or in the one that its archive unpacks to."""
+    where, split = _split(where)
+    folder = _existing_folder(spec, where)
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
+    if not (folder / names[0]).is_file() and (folder / "cifar-10-batches-bin").is_dir():
+        folder = folder / "cifar-10-batches-bin"
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        pickled = (folder / "cifar-10-batches-py").is_dir() or (folder / missing[0].removesuffix(".bin")).is_file()
+        found = "what is there is the python version, and its pickles can run code; put the binary version" if pickled else "put the binary version of CIFAR-10"
+        raise DataError(f"{spec}: there is no {missing[0]} in {folder}; {found} there")
+    records = np.concatenate([_cifar10_file(spec, folder / name) for name in names])
+    _check_size(spec, (len(records), 3, 32, 32))
+    if records[:, 0].max() > 9:
+        raise DataError(f"{spec}: there is a label {records[:, 0].max()}, and the classes are 0 to 9; copy the files again from their source")
+    return _unit(records[:, 1:].reshape(-1, 3, 32, 32)), records[:, 0]
+
+
+def _cifar10_file(spec: str, path: pathlib.Path) -> np.ndarray:
+    """(N, 3073) uint8, N >= 1: records of a label and 3 x 32 x 32 pixels, one after the other, and nothing more."""
+    again = "copy the file again from its source"
+    try:
+        size = path.stat().st_size
+        if size == 0 or size % 3073:
+            raise DataError(f"{spec}: {path.name} has {size} bytes, which is no whole number of records of 3073; {again}")
+        _check_size(spec, (size // 3073, 3, 32, 32))
+        return np.frombuffer(path.read_bytes(), dtype=np.uint8).reshape(-1, 3073)
+    except (OSError, MemoryError) as error:
+        raise DataError(f"{spec}: {path.name} cannot be read ({_reason(error)}); {again}") from error
 
 
 def _idx(spec: str, folder: pathlib.Path, stem: str, one: tuple[int, ...]) -> np.ndarray:

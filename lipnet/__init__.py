@@ -2,6 +2,8 @@
 
 from lipnet import nets as nets
 from lipnet._version import __version__ as __version__
+from lipnet.augment import Crop as Crop
+from lipnet.augment import Flip as Flip
 from lipnet.checkpoint import Checkpoint as Checkpoint
 from lipnet.checkpoint import CheckpointError as CheckpointError
 from lipnet.checkpoint import load as load
@@ -49,10 +51,8 @@ from lipnet.losses import emma_epsilon as emma_epsilon
 from lipnet.losses import pair_constants as pair_constants
 from lipnet.optim import Lookahead as Lookahead
 from lipnet.optim import warmup_cosine as warmup_cosine
-from lipnet.train import Crop as Crop
 from lipnet.train import EpochReport as EpochReport
 from lipnet.train import EpsilonSchedule as EpsilonSchedule
-from lipnet.train import Flip as Flip
 from lipnet.train import History as History
 from lipnet.train import Recipe as Recipe
 from lipnet.train import declared_constants as declared_constants

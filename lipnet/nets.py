@@ -28,10 +28,11 @@ from lipnet.layers import (
     UnitRowLinear,
 )
 
+Size = str | tuple[int, int, int, int]  # a name, or channels, blocks, width and dense layers
 _SIZES = {"small": (32, 2, 256, 1), "medium": (64, 4, 512, 2), "large": (128, 6, 1024, 4)}  # channels, blocks, width, dense layers
 
 
-def lbdn(input_shape: Sequence[int], classes: int, size: str = "small", mean: float = 0.5, orthonormalizer: Contraction | None = None) -> nn.Sequential:
+def lbdn(input_shape: Sequence[int], classes: int, size: Size = "small", mean: float = 0.5, orthonormalizer: Contraction | None = None) -> nn.Sequential:
     """Sandwich layers throughout (Wang & Manchester 2023): convolutions with stride 2 for images, then dense ones."""
     channels, _, width, dense = _size(size)
     kernel = BCOP() if orthonormalizer is None else orthonormalizer
@@ -47,17 +48,17 @@ def lbdn(input_shape: Sequence[int], classes: int, size: str = "small", mean: fl
     return nn.Sequential(*layers, UnitRowLinear(width, classes))
 
 
-def bronet(input_shape: Sequence[int], classes: int, size: str = "small", mean: float = 0.5) -> nn.Sequential:
+def bronet(input_shape: Sequence[int], classes: int, size: Size = "small", mean: float = 0.5) -> nn.Sequential:
     """BRONet (Lai et al. 2025) with explicit kernels: an orthogonal stem of stride 2, BRO convolutions with MaxMin, 4 x 4 patches, BRO dense layers."""
     return _convolutional(input_shape, classes, size, mean, lambda channels, _: [BROConv2d(channels, channels), MaxMin()])
 
 
-def liresnet(input_shape: Sequence[int], classes: int, size: str = "small", mean: float = 0.5) -> nn.Sequential:
+def liresnet(input_shape: Sequence[int], classes: int, size: Size = "small", mean: float = 0.5) -> nn.Sequential:
     """LiResNet (Hu et al. 2023): linear residual convolutions with MaxMin. Not 1-Lipschitz: train with the product of its `constant()`s in the loss."""
     return _convolutional(input_shape, classes, size, mean, lambda channels, depth: [LiResConv2d(channels, depth=depth), MaxMin()])
 
 
-def sll(input_shape: Sequence[int], classes: int, size: str = "small", mean: float = 0.5) -> nn.Sequential:
+def sll(input_shape: Sequence[int], classes: int, size: Size = "small", mean: float = 0.5) -> nn.Sequential:
     """SDP-based Lipschitz layers (Araujo et al. 2023): SLL convolutions on patches, then dense ones."""
     channels, depth, width, dense = _size(size)
     _check_image(input_shape)
@@ -73,7 +74,7 @@ def sll(input_shape: Sequence[int], classes: int, size: str = "small", mean: flo
     )
 
 
-def ldlt_mlp(input_shape: Sequence[int], classes: int, size: str = "small", mean: float = 0.5) -> nn.Sequential:
+def ldlt_mlp(input_shape: Sequence[int], classes: int, size: Size = "small", mean: float = 0.5) -> nn.Sequential:
     """Dense residual blocks by LDL^T, for vectors and small images."""
     _, depth, width, dense = _size(size)
     entries = _entries(input_shape)
@@ -81,7 +82,7 @@ def ldlt_mlp(input_shape: Sequence[int], classes: int, size: str = "small", mean
     return nn.Sequential(Normalize([mean], [1.0]), nn.Flatten(), *blocks, UnitRowLinear(width, classes))
 
 
-def _convolutional(input_shape: Sequence[int], classes: int, size: str, mean: float, block: Callable[[int, int], list[nn.Module]]) -> nn.Sequential:
+def _convolutional(input_shape: Sequence[int], classes: int, size: Size, mean: float, block: Callable[[int, int], list[nn.Module]]) -> nn.Sequential:
     """Stem, blocks, patches and dense layers around one kind of block."""
     channels, depth, width, dense = _size(size)
     _check_image(input_shape)
@@ -90,15 +91,18 @@ def _convolutional(input_shape: Sequence[int], classes: int, size: str, mean: fl
         layers += block(channels, depth)
     layers += [ContractionConv2d(channels, 2 * channels, kernel_size=1, stride=2), MaxMin(), nn.Flatten()]
     features = 2 * channels * _pixels(input_shape, 4)
-    for i in range(dense):
-        layers += [BROLinear(features if i == 0 else width, width), MaxMin()]
+    layers += [ContractionLinear(features, width), MaxMin()]
+    for _ in range(dense - 1):
+        layers += [BROLinear(width, width), MaxMin()]
     return nn.Sequential(*layers, UnitRowLinear(width, classes))
 
 
-def _size(name: str) -> tuple[int, int, int, int]:
-    if name not in _SIZES:
-        raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {name!r}")
-    return _SIZES[name]
+def _size(given: Size) -> tuple[int, int, int, int]:
+    if isinstance(given, tuple):
+        return given
+    if given not in _SIZES:
+        raise ValueError(f"size must be one of {', '.join(_SIZES)}, got {given!r}")
+    return _SIZES[given]
 
 
 def _entries(input_shape: Sequence[int]) -> int:

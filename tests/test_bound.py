@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from certify import Assumption, Ball, Bound, Box, Estimate, Everywhere
-from certify.bound import down_text, up_text
+from certify.text import down_text, up_text
 
 
 def test_composition_rounds_up_chains_norms_and_unites_assumptions():

@@ -225,9 +225,9 @@ def test_what_cannot_be_done_is_said_in_one_sentence(model, tmp_path, capsys, ar
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--eps", "x"], "a radius is a number"),
-        (["--eps", "1/0"], "a radius is a number"),
-        (["--eps=-1"], "not negative"),
+        (["--eps", "x"], "is not a radius"),
+        (["--eps", "1/0"], "is not a radius"),
+        (["--eps=-1"], "at least 0"),
         (["--fail-under", "2@0.1"], "ACCURACY@RADIUS"),
         (["--fail-under", "0.4"], "ACCURACY@RADIUS"),
         (["--shard", "3/3"], "a shard is I/N"),

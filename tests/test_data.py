@@ -54,6 +54,18 @@ def mnist(folder: pathlib.Path, images=None, labels=None, *, prefix: str = "t10k
     return f"{kind}:{folder}"
 
 
+TINY = np.random.default_rng(2).integers(0, 256, size=(6, 3, 32, 32), dtype=np.uint8)
+
+
+def cifar10(folder: pathlib.Path, *names: str, images: np.ndarray = TINY, labels: np.ndarray = LABELS) -> str:
+    """Batches in the binary format, each with the same records: the label, then all red, all green and all blue pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = b"".join(bytes([label]) + image.tobytes() for label, image in zip(labels, images, strict=True))
+    for name in names or ("test_batch.bin",):
+        (folder / name).write_bytes(records)
+    return f"cifar10:{folder}"
+
+
 def picture(path: pathlib.Path, pixels: np.ndarray) -> pathlib.Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
@@ -167,6 +179,24 @@ def test_mnist(tmp_path, kind, sign, suffix):
 def test_mnist_in_a_folder_with_a_colon(tmp_path):
     (tmp_path / "a:b").mkdir()
     assert len(load(mnist(tmp_path / "a:b"))) == 6
+
+
+@pytest.mark.parametrize("sub", [".", "cifar-10-batches-bin"])
+def test_cifar10(tmp_path, sub):
+    cifar10(tmp_path / sub)
+    for i in range(1, 6):
+        cifar10(tmp_path / sub, f"data_batch_{i}.bin", images=TINY[i : i + 1], labels=LABELS[i : i + 1])
+    for name in (f"cifar10:{tmp_path}", f"cifar10:{tmp_path}:test"):
+        dataset = load(name, (3, 32, 32))
+        check(dataset)
+        assert np.array_equal(dataset.inputs, (TINY / 255.0).astype(np.float32))
+        assert dataset.labels.tolist() == LABELS.tolist()
+        assert dataset.classes[:4] == ("airplane", "automobile", "bird", "cat")
+        assert len(dataset.classes) == 10
+    train = load(f"cifar10:{tmp_path}:train")
+    check(train)
+    assert np.array_equal(train.inputs, (TINY[1:] / 255.0).astype(np.float32))
+    assert train.labels.tolist() == LABELS[1:].tolist()
 
 
 @pytest.mark.parametrize(("split", "count", "first"), [("", 10_000, [7, 2, 1, 0, 4]), (":train", 60_000, [5, 0, 4, 1, 9])])
@@ -369,7 +399,7 @@ X = PIXELS[:2, 0]
 Y = np.array([0, 1])
 IMAGES = idx_bytes(PIXELS[:, 0])
 REFUSALS = [
-    ("unknown", lambda p: "cifar10", r"names no data set; the known forms are digits, digits:train, FILE\.npz, mnist:DIR, .*folder:DIR$"),
+    ("unknown", lambda p: "cifar10", r"names no data set; the known forms are digits, digits:train, FILE\.npz, mnist:DIR, .*cifar10:DIR, .*folder:DIR$"),
     ("empty", lambda p: "", "names no data set"),
     ("unknown split of the digits", lambda p: "digits:val", "names no data set"),
     ("folder of nothing", lambda p: "folder:", "names no data set"),
@@ -429,6 +459,15 @@ REFUSALS = [
     ("idx labels cut off", lambda p: mnist(p, labels=idx_bytes(LABELS)[:-2]), r"labels-idx1-ubyte claims to hold \(6,\) and is cut off"),
     ("idx label 10", lambda p: mnist(p, labels=LABELS + 1), r"there is a label 10, and the classes are 0 to 9; copy"),
     ("idx.gz is not gzip", lambda p: f"mnist:{written(p / 't10k-images-idx3-ubyte.gz', IMAGES).parent}", r"ubyte\.gz cannot be read, is damaged"),
+    ("cifar10 of nothing", lambda p: "cifar10:", "names no data set"),
+    ("cifar10 absent", lambda p: f"cifar10:{p / 'no'}", r"there is no folder .*no; give"),
+    ("cifar10 in an empty folder", lambda p: f"cifar10:{p}", r"there is no test_batch\.bin in .*; put the binary version of CIFAR-10 there$"),
+    ("cifar10 without a batch", lambda p: cifar10(p, *(f"data_batch_{i}.bin" for i in (1, 2, 4, 5))) + ":train", r"there is no data_batch_3\.bin in .*; put"),
+    ("cifar10, pickled", lambda p: cifar10(p, "test_batch"), r"there is no test_batch\.bin .* is the python version, and its pickles can run code; put"),
+    ("cifar10, pickled archive", lambda p: cifar10(p / "cifar-10-batches-py", "test_batch").removesuffix("/cifar-10-batches-py"), r"its pickles can run code"),
+    ("cifar10 of no images", lambda p: cifar10(p, images=TINY[:0], labels=LABELS[:0]), r"test_batch\.bin has 0 bytes, which is no whole number of records"),
+    ("cifar10 label 10", lambda p: cifar10(p, labels=LABELS + 1), r"there is a label 10, and the classes are 0 to 9; copy"),
+    ("cifar10 cut off", lambda p: f"cifar10:{written(p / 'test_batch.bin', bytes(6145)).parent}", r"has 6145 bytes, which is no whole number of records"),
     ("folder absent", lambda p: f"folder:{p / 'no'}", r"there is no folder .*no; give"),
     ("folder is a file", lambda p: f"folder:{written(p / 'f', b'')}", r"there is no folder .*f; give"),
     ("folder without sub-folders", lambda p: f"folder:{picture(p / 'a.png', gray(0)).parent}", r"there are no sub-folders in .*; put the images of each class"),
@@ -531,6 +570,10 @@ def fuzz_idx_gz(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
     return mnist(folder, PIXELS[:1, 0] // 128, LABELS[:1], suffix=".gz"), folder / "t10k-images-idx3-ubyte.gz"
 
 
+def fuzz_cifar10(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
+    return cifar10(folder), folder / "test_batch.bin"
+
+
 def fuzz_image(suffix: str):
     def make(folder: pathlib.Path) -> tuple[str, pathlib.Path]:
         return f"folder:{folder}", picture(folder / "0" / f"a{suffix}", colour(0, 8, 8))
@@ -539,7 +582,12 @@ def fuzz_image(suffix: str):
 
 
 CHECKSUMMED = {"npz": fuzz_npz, "npz, stored": fuzz_stored_npz, "idx.gz": fuzz_idx_gz}
-UNPROTECTED = {"idx": fuzz_idx, "idx labels": fuzz_idx_labels, **{f"image{suffix}": fuzz_image(suffix) for suffix in (".png", ".jpg", ".gif", ".bmp")}}
+UNPROTECTED = {
+    "idx": fuzz_idx,
+    "idx labels": fuzz_idx_labels,
+    "cifar10": fuzz_cifar10,
+    **{f"image{suffix}": fuzz_image(suffix) for suffix in (".png", ".jpg", ".gif", ".bmp")},
+}
 
 
 @pytest.mark.parametrize("name", [*CHECKSUMMED, *UNPROTECTED])

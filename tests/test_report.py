@@ -26,7 +26,6 @@ from certify.report import (
     curve,
     html,
     notes,
-    parse_radius,
     percent,
     print_table,
     radius_label,
@@ -34,6 +33,7 @@ from certify.report import (
     summarize,
     tsv,
 )
+from certify.text import parse_radius
 
 HOSTILE = """<script>alert('1')</script> "&amp; $x_1$ [red]{{ 7*7 }}\x1b[31m\x00 名"""
 VOID = {"meta", "br", "link", "img", "input", "hr"}

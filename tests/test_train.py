@@ -20,8 +20,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import certify
 import certify.data
 import lipnet
+from lipnet.augment import Crop, Flip
 from lipnet.optim import Lookahead, warmup_cosine
-from lipnet.train import STATE, Crop, EpochReport, EpsilonSchedule, Flip, Recipe, declared_constants, fit, print_progress
+from lipnet.train import STATE, EpochReport, EpsilonSchedule, Recipe, declared_constants, fit, print_progress
 
 RADII = (0.0, 0.1, 0.25)
 

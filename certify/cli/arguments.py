@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from fractions import Fraction
+
+from certify.text import parse_radius
 
 DEFAULT_RADII = ("36/255", "72/255", "108/255")
 
@@ -38,12 +39,9 @@ def shape(text: str) -> tuple[int, ...]:
 def radius(text: str) -> float:
     """`36/255` or `0.25` as a float64, rounded to nearest."""
     try:
-        value = float(Fraction(text.strip()))
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise argparse.ArgumentTypeError(f"a radius is a number such as 0.25 or 36/255, got {text!r}") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"a radius is not negative, got {text!r}")
-    return value
+        return parse_radius(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def radii(text: str) -> list[tuple[str, float]]:

@@ -25,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the bound, rounded up, with what it assumes."""
     from certify import models
-    from certify.bound import up_text
     from certify.cli.console import out, print_json
     from certify.methods import Layerwise, lipschitz
+    from certify.text import up_text
 
     model = models.load(args.model, args.input_shape)
     bound = lipschitz(model.net, Layerwise(), input_shape=model.shape)

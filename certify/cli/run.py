@@ -32,7 +32,7 @@ _GROUP = 64  # rows written at once
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, DATA, where to, and which inputs."""
     add_model(parser)
-    parser.add_argument("data", metavar="DATA", help="digits, file.npz, mnist:DIR, folder:DIR (docs/cli.md)")
+    parser.add_argument("data", metavar="DATA", help="digits, file.npz, mnist:DIR, cifar10:DIR, folder:DIR (docs/cli.md)")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, type=pathlib.Path, help="the results folder; an unfinished one is resumed")
     parser.add_argument("--method", choices=["margin"], default="margin", help="margin: a proved Lipschitz bound of the network and its margins")
     some = parser.add_mutually_exclusive_group()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from certify.report.summary import Run, Summary, as_json, bound_text, curve, notes, parse_radius, percent, radius_label, radius_text, summarize
+from certify.report.summary import Run, Summary, as_json, bound_text, curve, notes, percent, radius_label, radius_text, summarize
 from certify.report.table import print_table
 from certify.report.tsv import tsv
 
@@ -19,7 +19,6 @@ __all__ = [
     "curve",
     "html",
     "notes",
-    "parse_radius",
     "percent",
     "print_table",
     "radius_label",

@@ -1,8 +1,4 @@
-"""What the rows of a run say, as numbers: accuracies, the median radius, the bound; and how such numbers are written for people.
-
-A number is written so that the sentence around it stays true: accuracies and radii are rounded down, Lipschitz bounds up. What is rounded is the decimal
-number that stands in the results file (the shortest one that gives the same float), so that 0.57 of the inputs is 57.0 % and not 56.9 %.
-"""
+"""What the rows of a run say, as numbers: accuracies, the median radius, the bound; and how such numbers are written for people (see `certify.text`)."""
 
 from __future__ import annotations
 
@@ -11,8 +7,10 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from decimal import ROUND_FLOOR, Decimal
 from typing import Any
+
+from certify.text import decimal, down_text, up_text
 
 SCHEMA = 1
 GUARANTEES = ("proof", "probabilistic", "attack", "estimate")  # from the strongest to the weakest
@@ -109,21 +107,9 @@ def as_json(summaries: Sequence[Summary], radii: Sequence[float]) -> dict[str, A
     }
 
 
-def parse_radius(text: str) -> float:
-    """The radius that "36/255" or "0.25" stands for. Raises `ValueError` unless it is finite and at least 0."""
-    try:
-        over, _, under = text.partition("/")
-        radius = float(over) / float(under if "/" in text else 1)
-    except (ValueError, ZeroDivisionError):
-        radius = math.nan
-    if not (math.isfinite(radius) and radius >= 0):
-        raise ValueError(f"{text!r} is not a radius; write a number that is at least 0 or a fraction, such as 0.25 or 36/255")
-    return abs(radius)
-
-
 def percent(share: float | None) -> str:
     """A share as a percentage, rounded down to 0.1 %: 0.9999 is 99.9 %."""
-    return MISSING if share is None else f"{(_decimal(share) * 100).quantize(Decimal('0.1'), ROUND_FLOOR)} %"
+    return MISSING if share is None else f"{(decimal(share) * 100).quantize(Decimal('0.1'), ROUND_FLOOR)} %"
 
 
 def radius_text(radius: float | None) -> str:
@@ -132,14 +118,12 @@ def radius_text(radius: float | None) -> str:
         return MISSING
     if not math.isfinite(radius) or radius == 0:
         return f"{radius:g}"
-    return str(_decimal(radius).quantize(Decimal("0.0001"), ROUND_FLOOR)) if radius >= 0.01 else _short(radius, 3, ROUND_FLOOR)
+    return str(decimal(radius).quantize(Decimal("0.0001"), ROUND_FLOOR)) if radius >= 0.01 else down_text(radius, 3)
 
 
 def bound_text(bound: float | None, digits: int = 5) -> str:
     """A Lipschitz bound rounded up to so many digits: 1.0000003 is 1.0001."""
-    if bound is None:
-        return MISSING
-    return _short(bound, digits, ROUND_CEILING) if math.isfinite(bound) and bound != 0 else f"{bound:g}"
+    return MISSING if bound is None else up_text(bound, digits)
 
 
 def radius_label(radius: float) -> str:
@@ -229,17 +213,3 @@ def _notes_of(summary: Summary) -> list[str]:
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _decimal(value: float) -> Decimal:
-    return Decimal(repr(float(value)))
-
-
-def _short(value: float, digits: int, rounding: str) -> str:
-    """So many significant digits; with an exponent only far from 1, and without trailing zeros after the point."""
-    exact = _decimal(value)
-    rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding)
-    if -4 <= rounded.adjusted() < max(digits, 5):
-        text = f"{rounded:f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{rounded:.{digits - 1}e}"

@@ -9,6 +9,7 @@ from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
 from certify.report.summary import Run, summarize
+from certify.text import decimal
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
 
@@ -39,4 +40,4 @@ def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _six_decimals(radius: float) -> str:
     if not math.isfinite(radius):
         return "inf" if radius > 0 else "0.000000"
-    return str(Decimal(repr(float(radius))).quantize(Decimal("0.000001"), ROUND_FLOOR))
+    return str(decimal(radius).quantize(Decimal("0.000001"), ROUND_FLOOR))
