@@ -20,13 +20,13 @@ def gram_iteration(
     """
     if steps < 1:
         raise ValueError(f"gram_iteration needs at least one step, got steps={steps}")
-    size = weight.detach().abs().amax((-2, -1)).clamp_min(torch.finfo(weight.real.dtype).tiny)  # the value does not depend on it
-    weight = weight / size[..., None, None]
+    size = _entries(weight.detach()).abs().amax(-1).clamp_min(torch.finfo(weight.dtype).tiny)  # the value does not depend on it
+    weight = _divided(weight, size)
     gram = weight @ weight.mH if weight.shape[-2] < weight.shape[-1] else weight.mH @ weight
     log_scale = torch.zeros(weight.shape[:-2], dtype=weight.real.dtype, device=weight.device)
     for _ in range(steps - 1):
         scale = _frobenius(gram)
-        gram = gram / scale[..., None, None]
+        gram = _divided(gram, scale)
         gram = gram @ gram
         log_scale = 2 * (log_scale + scale.log())
     return size * torch.exp((_frobenius(gram).log() + log_scale) / 2**steps)
@@ -40,17 +40,31 @@ def conv_gram_iteration(
 
     The largest `gram_iteration` over the frequencies of a torus of 4 k points per axis, divided by `cos(pi (k - 1) / (2 N))` per axis for what lies between
     the points: along a line through its maximum the response is a function of exponential type (k - 1) / 2, which is at least M cos(d |x - x*|) near it.
-    The factor is 1.07 for 3 x 3. Rounding as in `gram_iteration`.
+    The factor is 1.07 for 3 x 3. Rounding as in `gram_iteration`. Only the largest has a gradient, so the others are computed without.
     """
     height, width = kernel.shape[-2:]
     grid = (4 * height, 4 * width)
-    response = torch.fft.rfft2(kernel, s=grid).permute(2, 3, 0, 1)
+    response = torch.fft.rfft2(kernel, s=grid).permute(2, 3, 0, 1).flatten(0, 1)
+    with torch.no_grad():
+        worst = gram_iteration(response, steps).argmax(0, keepdim=True)
     between = math.cos(math.pi * (height - 1) / (2 * grid[0])) * math.cos(math.pi * (width - 1) / (2 * grid[1]))
-    return gram_iteration(response, steps).max() / between
+    return gram_iteration(response[worst], steps)[0] / between
 
 
 def _frobenius(gram: Tensor) -> Tensor:
-    return torch.linalg.matrix_norm(gram).clamp_min(torch.finfo(gram.dtype).tiny)
+    return torch.linalg.vector_norm(_entries(gram), dim=-1).clamp_min(torch.finfo(gram.dtype).tiny)
+
+
+def _entries(matrix: Tensor) -> Tensor:  # (..., rows, columns) -> (..., real numbers)
+    """The entries of each matrix as real numbers: norms and quotients of complex ones are many times slower."""
+    return torch.view_as_real(matrix.resolve_conj()).flatten(-3) if matrix.is_complex() else matrix.flatten(-2)
+
+
+def _divided(matrix: Tensor, size: Tensor) -> Tensor:
+    """Each matrix over a real number of its own."""
+    if matrix.is_complex():
+        return torch.view_as_complex(torch.view_as_real(matrix.resolve_conj()) / size[..., None, None, None])
+    return matrix / size[..., None, None]
 
 
 def power_iteration_estimate(

@@ -85,6 +85,19 @@ def test_cayley_takes_batches():
     torch.testing.assert_close(functional.cayley(free)[1], functional.cayley(free[1]))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cayley_of_complex_matrices(shape):
+    free = torch.complex(normal(*shape), normal(*shape, seed=1))
+    size = min(shape)
+    tall = free if shape[0] >= shape[1] else free.mH
+    u, v, eye = tall[:size], tall[size:], torch.eye(size, dtype=free.dtype)
+    z = u - u.mH + v.mH @ v
+    exact = torch.cat([torch.linalg.solve(eye + z, eye - z), -2 * torch.linalg.solve(eye + z, v, left=False)])
+    made = functional.cayley(free)
+    torch.testing.assert_close(made, exact if shape[0] >= shape[1] else exact.mH, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(functional.cayley(torch.stack([free.conj(), free]))[1], made)
+
+
 # Cholesky and AOL
 
 
@@ -170,6 +183,14 @@ def test_block_reflector_is_symmetric_orthogonal_and_reflects_rank_directions(si
         torch.testing.assert_close(w @ v, -v, rtol=1e-4, atol=1e-4)
 
 
+def test_block_reflector_makes_only_the_corner_that_is_asked_for():
+    v = normal(7, 3)
+    whole = functional.block_reflector(v)
+    torch.testing.assert_close(functional.block_reflector(v, 2, 6), whole[:2, :6], rtol=0, atol=1e-15)
+    torch.testing.assert_close(functional.block_reflector(v, rows=4), whole[:4], rtol=0, atol=1e-15)
+    torch.testing.assert_close(functional.block_reflector(torch.stack([-v, v]), columns=4)[1], whole[:, :4], rtol=0, atol=1e-15)
+
+
 def test_block_reflector_of_a_vector_is_the_householder_matrix():
     # v = (3, 4) / 5: I - 2 v v' = [[7, -24], [-24, -7]] / 25
     exact = torch.tensor([[7.0, -24.0], [-24.0, -7.0]], dtype=torch.float64) / 25
@@ -239,6 +260,50 @@ def test_gradients_of_wide_matrices(map_):
     assert torch.autograd.gradcheck(map_, (normal(3, 5, seed=3).requires_grad_(),), atol=1e-6)
 
 
+@pytest.mark.parametrize("map_", [functional.cayley, functional.orthonormal_columns, functional.block_reflector], ids=lambda map_: map_.__name__)
+@pytest.mark.parametrize("shape", [(4, 2), (3, 3), (2, 4, 2)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derivatives_of_every_kind(map_, shape, dtype):
+    free = torch.complex(normal(*shape, seed=3), normal(*shape, seed=4)) if dtype.is_complex else normal(*shape, seed=3)
+    free.requires_grad_()
+    assert torch.autograd.gradcheck(map_, (free,), atol=1e-6, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(map_, (free,), atol=1e-5)
+
+
+def test_cayley_of_wide_matrices_has_second_and_batched_derivatives():
+    for free in (normal(2, 4, seed=3), torch.complex(normal(2, 5, seed=3), normal(2, 5, seed=4))):
+        free.requires_grad_()
+        assert torch.autograd.gradcheck(functional.cayley, (free,), check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(functional.cayley, (free,))
+    free = normal(3, 2, 4)
+    torch.testing.assert_close(torch.vmap(functional.cayley, in_dims=1)(free.movedim(0, 1)), functional.cayley(free))
+    torch.testing.assert_close(torch.func.jacfwd(functional.cayley)(free[0]), torch.func.jacrev(functional.cayley)(free[0]))
+
+
+def test_a_constant_first_factor_leaves_the_gradient_of_an_orthonormal_basis():
+    """The gradient of CholeskyQR2 is that of a QR decomposition, also where the columns are nearly dependent."""
+    weights = normal(12, 6, seed=5)
+    for condition in (1, 1e2, 1e4):
+        gradients = []
+        for map_ in (functional.orthonormal_columns, lambda v: (lambda q, r: q * r.diagonal().sign())(*torch.linalg.qr(v))):
+            v = with_condition(12, 6, condition).requires_grad_()
+            (map_(v) * weights).sum().backward()
+            gradients.append(v.grad)
+        ours, exact = gradients
+        # a direction with s^2 = mean / condition^2 is shortened by 1e-12 condition^2 by both ridges together
+        assert (ours - exact).norm() <= (1e-6 + 1e-11 * condition**2) * exact.norm()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's
+def test_cayley_and_max_min_are_plain_operators_where_torch_records():
+    layer, x = torch.nn.Sequential(lipnet.SandwichLinear(6, 4), lipnet.MaxMin()), normal(2, 6, dtype=torch.float32)
+    for strict in (True, False):
+        torch.testing.assert_close(torch.export.export(layer, (x,), strict=strict).module()(x), layer(x))
+    traced = torch.jit.trace(functional.max_min, (x,))
+    assert "PythonOp" not in str(traced.graph)
+    assert torch.equal(traced(x), functional.max_min(x))
+
+
 # Sorting
 
 
@@ -299,6 +364,68 @@ def test_group_sort_along_dimensions_counted_from_the_end(shape, dim):
 def test_max_min_of_known_pairs():
     x = torch.tensor([[1.0, 2.0, 3.0, -4.0], [-1.0, -2.0, 0.0, 0.0]])
     assert functional.max_min(x).tolist() == [[2.0, 1.0, 3.0, -4.0], [-1.0, -2.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("pairing", ["neighbours", "halves"])
+@pytest.mark.parametrize(("shape", "dim"), [((5, 12), 1), ((2, 12, 3, 4), 1), ((12, 5), 0), ((0, 12), 1), ((5, 3, 12), -1), ((2, 12, 2), -2)], ids=str)
+def test_max_min_sorts_its_pairs(pairing, shape, dim):
+    x = normal(*shape)
+    found, given = (z.movedim(dim, 0) for z in (functional.max_min(x, dim, pairing), x))
+    first, second = (slice(0, None, 2), slice(1, None, 2)) if pairing == "neighbours" else (slice(0, 6), slice(6, None))
+    assert torch.equal(found[first], torch.maximum(given[first], given[second]))
+    assert torch.equal(found[second], torch.minimum(given[first], given[second]))
+    traced = torch.fx.symbolic_trace(_Sorting(dim, pairing))
+    assert torch.equal(traced(x), functional.max_min(x, dim, pairing))
+    assert {node.target for node in traced.graph.nodes} >= {torch.maximum, torch.minimum}
+
+
+class _Sorting(torch.nn.Module):
+    def __init__(self, dim, pairing):
+        super().__init__()
+        self.dim, self.pairing = dim, pairing
+
+    def forward(self, x):
+        return functional.max_min(x, self.dim, self.pairing)
+
+
+@pytest.mark.parametrize("pairing", ["neighbours", "halves"])
+@pytest.mark.parametrize(("shape", "dim"), [((2, 4), 1), ((2, 4, 3), -2), ((4, 2), 0)], ids=str)
+def test_max_min_has_derivatives_of_every_kind(pairing, shape, dim):
+    def sorted_(x):
+        return functional.max_min(x, dim, pairing)
+
+    x = normal(*shape, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(sorted_, (x,), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: sorted_(x) ** 2, (x,), check_fwd_over_rev=True)
+    x = x.detach()
+    assert torch.equal(torch.func.jacrev(sorted_)(x), torch.func.jacfwd(sorted_)(x))
+    batch = normal(*shape, 5)
+    assert torch.equal(torch.vmap(sorted_, in_dims=-1)(batch), torch.stack([sorted_(batch[..., i]) for i in range(5)]))
+    hessian = torch.func.hessian(lambda x: (sorted_(x) ** 3).sum())(x).reshape(x.numel(), -1)
+    torch.testing.assert_close(hessian, torch.diag(6 * x.flatten()))  # the sum of the cubes, in any order
+
+
+@pytest.mark.parametrize("pairing", ["neighbours", "halves"])
+def test_the_gradient_of_max_min_at_ties_is_a_convex_combination(pairing):
+    x = torch.ones(1, 2, requires_grad=True)
+    (functional.max_min(x, pairing=pairing) * torch.tensor([[2.0, 5.0]])).sum().backward()
+    assert x.grad.sum() == 7
+    assert 2 <= x.grad.min() <= x.grad.max() <= 5
+
+
+def test_max_min_keeps_the_memory_format_and_dtype():
+    x = normal(2, 4, 3, 5, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    for pairing in ("neighbours", "halves"):
+        found = functional.max_min(x, pairing=pairing)
+        assert found.dtype == torch.bfloat16
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert torch.equal(gradient, torch.ones_like(x))
+
+
+def test_max_min_refuses_other_pairings():
+    with pytest.raises(ValueError, match="pairing must be 'neighbours' or 'halves', got 'random'"):
+        functional.max_min(torch.zeros(2, 4), pairing="random")
 
 
 def test_group_sort_refuses_channels_that_do_not_divide():
@@ -395,3 +522,23 @@ def test_unit_rows():
     rows = functional.unit_rows(torch.tensor([[3.0, 4.0], [0.0, -2.0], [1e-6, 0.0]]))
     torch.testing.assert_close(rows, torch.tensor([[0.6, 0.8], [0.0, -1.0], [1.0, 0.0]]))
     assert functional.unit_rows(torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
+
+
+# Norms of convolutions
+
+
+def test_conv_gram_iteration_is_the_largest_over_its_frequencies_with_the_gradient_of_that():
+    kernel = normal(4, 3, 3, 5).requires_grad_()
+    responses = torch.fft.rfft2(kernel, s=(12, 20)).permute(2, 3, 0, 1)
+    between = math.cos(math.pi * 2 / 24) * math.cos(math.pi * 4 / 40)
+    exact = lipnet.spectral.gram_iteration(responses, 5).max() / between
+    found = lipnet.spectral.conv_gram_iteration(kernel)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(bound, kernel)[0] for bound in (found, exact)), rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(lipnet.spectral.conv_gram_iteration, (kernel,))
+    assert torch.autograd.gradgradcheck(lipnet.spectral.conv_gram_iteration, (kernel,))
+
+
+def test_gram_iteration_takes_lazily_conjugated_matrices():
+    weight = torch.complex(normal(3, 5), normal(3, 5, seed=1))
+    torch.testing.assert_close(lipnet.spectral.gram_iteration(weight.mH), lipnet.spectral.gram_iteration(weight))

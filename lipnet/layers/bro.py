@@ -30,7 +30,7 @@ class BROLinear(Layer):
 
     def weight(self) -> Tensor:  # (out, in)
         """W, from V."""
-        return functional.block_reflector(self.vectors)[: self.out_features, : self.in_features]
+        return functional.block_reflector(self.vectors, self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight(), self.bias)
