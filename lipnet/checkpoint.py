@@ -40,7 +40,7 @@ CALLS: Mapping[str, type] = {
 }
 _NAMES = {cls: name for name, cls in CALLS.items()}
 _NOT_WRITTEN = ("device", "dtype", "inplace", "min_value", "max_value")  # arguments of torch's constructors that are no part of the network
-_WORDS = ("none", "tanh", "zeros", "circular")  # the strings that an argument may be
+_WORDS = ("none", "tanh", "zeros", "circular", "neighbours", "halves")  # the strings that an argument may be
 
 
 class CheckpointError(ValueError):

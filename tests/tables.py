@@ -103,6 +103,7 @@ LAYERS = [
     Row("n-activation", lambda: lipnet.NActivation(4), (4, 3, 3), 1.0),
     Row("maxmin", lipnet.MaxMin, (8,), 1.0),
     Row("maxmin-conv", lipnet.MaxMin, (4, 3, 2), 1.0),
+    Row("maxmin-halves", lambda: lipnet.MaxMin("halves"), (6, 2), 1.0),
     Row("groupsort-3", lambda: lipnet.GroupSort(3), (9,), 1.0),
     Row("groupsort-8", lambda: lipnet.GroupSort(8), (8, 2), 1.0),
     Row("householder", lambda: lipnet.Householder(6), (6,), 1.0, broken="direction"),

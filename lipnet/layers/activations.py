@@ -12,14 +12,23 @@ from lipnet.layers.base import Layer, check_sizes
 
 
 class MaxMin(Layer):
-    """Sorts each pair of neighbouring channels (dim 1) into (max, min); Anil et al. 2019. 1-Lipschitz in every l_p.
+    """Sorts each pair of channels (dim 1) into (max, min); Anil et al. 2019. 1-Lipschitz in every l_p.
 
-    Not deel-torchlip's MaxMin, which is (relu(x), relu(-x)) and doubles the channels.
-    Shapes: (batch, channels, ...) -> the same; channels even.
+    `pairing` says which channels are a pair: "neighbours" (2 i and 2 i + 1) or "halves" (i and i + channels / 2, as in the code of BRONet, SOC and Cayley).
+    Not deel-torchlip's MaxMin, which is (relu(x), relu(-x)) and doubles the channels. Shapes: (batch, channels, ...) -> the same; channels even.
     """
 
+    def __init__(self, pairing: str = "neighbours") -> None:
+        super().__init__()
+        if pairing not in ("neighbours", "halves"):
+            raise ValueError(f"pairing must be 'neighbours' or 'halves', got {pairing!r}")
+        self.pairing = pairing
+
     def forward(self, x: Tensor) -> Tensor:
-        return functional.max_min(x)
+        return functional.max_min(x, pairing=self.pairing)
+
+    def extra_repr(self) -> str:
+        return f"pairing={self.pairing}"
 
 
 class GroupSort(Layer):
