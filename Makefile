@@ -12,7 +12,7 @@ setup: $(READY)
 
 # The stamp is written last, so an interrupted install is begun again from an empty environment. torch goes first and alone: with it there, nothing
 # that follows can bring another build of it.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt hatch_build.py certify/smoothing/noise/_noise.c
 	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is %d.%d; call make PY=python3.12" % sys.version_info[:2])'
 	test -e $@ || $(PY) -m venv --clear .venv
 	rm -f $@

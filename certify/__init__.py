@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from certify.methods import lipschitz as lipschitz
     from certify.registry import register as register
     from certify.registry import register_head as register_head
+    from certify.smoothing.method import Smoothing as Smoothing
 
 _HOME = {
     "Assumption": "bound", "Ball": "bound", "Bound": "bound", "Box": "bound", "Domain": "bound", "Estimate": "bound", "Everywhere": "bound",
@@ -37,6 +38,7 @@ _HOME = {
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
     "Margin": "margins", "robustness": "margins",
+    "Smoothing": "smoothing.method",
 }  # fmt: skip
 __all__ = sorted(_HOME)
 

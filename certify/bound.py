@@ -29,6 +29,8 @@ class Assumption(enum.Enum):
         "Norms are proved by float64 linear algebra that follows IEEE 754 with rounding to nearest and conventional (not Strassen-like) products, "
         "with every rounding error accounted for."
     )
+    RANDOM_BITS = "The bits of the counter-based generator Philox4x32-10 behave like independent, uniform random bits."
+    FLOAT_NOISE = "Float noise is taken for exactly Gaussian, and its sum with the input for exact; a grid of the inputs (levels) does without this assumption."
     EVAL_MODE = "The network runs in eval mode, as it did when it was certified."
 
 
