@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -53,14 +54,14 @@ def exact(x):
 
 def run(net, x, method, numbers=None, batch=None, slots=None, engine=Engine):
     """The outcome of every input, by its number."""
-    method = dataclasses.replace(method, batch=batch or method.batch)
+    method = dataclasses.replace(method, batch=batch or 256)
     shape = tuple(x.shape[1:])
-    placed, _ = method.place(x.numpy())
+    placed, apart = method.place(x.numpy())
     slots = slots or 8
     source = methods._Copies(method.copies, shape, slots, method.batch, torch.device("cpu"))
     numbers = numbers if numbers is not None else range(len(x))
     procedure = method.procedure(shape)
-    found = engine(net, 3, procedure, source, method.batch, slots, method.vote_margin).run((i, placed[i]) for i in numbers)
+    found = engine(net, 3, procedure, source, method.batch, slots, method.vote_margin).run((i, placed[i], float(apart[i])) for i in numbers)
     return {done.index: (done.selection.to_json(), [tally.to_json() for tally in done.looks], done.outcome) for done in found}
 
 
@@ -229,6 +230,20 @@ def test_what_is_off_the_grid_comes_off_the_radius():
     assert near - far == pytest.approx(0.05, abs=1e-6)
 
 
+def test_a_target_is_asked_around_the_input_itself():
+    """Half of the copies' radius is lost to the grid: the target is met by what is left, or not at all."""
+    net = Linear(torch.tensor([1.0, 0.0]), -1.0).eval()
+    x = torch.tensor([[0.0, 0.05 * i] for i in range(3)])
+    radius = certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=SHORT, levels=10, target=0.8)).radius
+    assert (radius > 0.8).all()
+
+
+def test_batches_hold_about_as_many_numbers_whatever_the_inputs_are():
+    rows = [Smoothing(Gaussian(0.5)).rows(shape) for shape in ((2,), (64,), (1, 28, 28), (3, 32, 32), (3, 224, 224), (3, 1024, 1024))]
+    assert rows == [4096, 4096, 256, 64, 32, 32]
+    assert Smoothing(Gaussian(0.5), batch=7).rows((64,)) == 7
+
+
 def test_the_total_variation_of_the_grid_comes_off_p_a():
     exact = Procedure(SmoothedClassifier(Gaussian(0.5)), ClopperPearson(), FixedN(10, 1000, 0.01))
     apart = dataclasses.replace(exact, distance=1e-3)
@@ -306,6 +321,29 @@ def test_a_proved_lipschitz_constant_gives_soft_scores_a_larger_radius_that_is_t
         certify.robustness(net, x, dataclasses.replace(aware, scores=Hardmax()))
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_other_engines_run_the_same_function(engine):
+    pytest.importorskip(engine)
+    if engine == "onnxruntime":
+        pytest.importorskip("onnx")
+    net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)).eval()
+    method = Smoothing(Gaussian(0.4), schedule=SHORT, engine=engine, batch=32)
+    forward, done = method.prepared(net, (3, 4, 4))
+    x = torch.randn(32, 3, 4, 4)
+    torch.testing.assert_close(forward(x), net(x), atol=1e-5, rtol=1e-5)
+    assert f"run by {engine}" in done
+    x = torch.rand(4, 3, 4, 4)
+    ours, other = (certify.robustness(net, x, dataclasses.replace(method, engine=name)).radius for name in ("torch", engine))
+    np.testing.assert_allclose(ours, other, atol=0.02)
+
+
+def test_an_engine_that_is_missing_or_unknown_is_named():
+    refused("an engine is one of torch", lambda: certify.robustness(network(), torch.rand(1, 6), Smoothing(Gaussian(0.4), schedule=SHORT, engine="tensorrt")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "openvino", None)
+        refused(r"lipnet\[engines\]", lambda: certify.robustness(network(), torch.rand(1, 6), Smoothing(Gaussian(0.4), schedule=SHORT, engine="openvino")))
+
+
 def refused(match, call):
     with pytest.raises((certify.CertifyError, TypeError), match=match) as caught:
         call()
@@ -334,5 +372,5 @@ def test_bad_questions_are_refused_in_one_sentence():
 def test_the_method_prints_all_that_its_numbers_depend_on():
     assert repr(Smoothing(Gaussian(0.5), schedule=FixedN(10, 100, 0.01))) == (
         "Smoothing(noise=Gaussian(sigma=0.5), scores=Hardmax(), schedule=FixedN(n0=10, n=100, alpha=0.01), bound=None, target=None, tolerance=None, "
-        "levels=255, vote_margin=0.0, batch=256, seed=0)"
+        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch')"
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 from certify.errors import CertifyError
 from certify.smoothing.bounds import Tally
 from certify.smoothing.classifier import Hardmax, Softmax
-from certify.smoothing.noise import SELECTION, count_rows, row_table
+from certify.smoothing.noise import SELECTION, count_rows
 from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.schedule import Outcome, Procedure, Status
 
@@ -60,6 +60,7 @@ class _Job:
 
     index: int
     slot: int
+    procedure: Procedure
     segment: int = 0  # the stretch whose copies are handed out: 0 chooses the class, j leads to look j
     taken: int = 0  # copies of it that are handed out
     complete: int = 0  # stretches that are handed out as a whole
@@ -100,31 +101,31 @@ class Engine:
         self.tables = [torch.zeros(slots * len(self.lengths), width, dtype=torch.int64, device=self.device) for width in widths]
 
     @torch.no_grad()
-    def run(self, inputs: Iterable[tuple[int, Tensor]]) -> Iterator[Done]:
-        """The inputs as they are decided, in no fixed order."""
+    def run(self, inputs: Iterable[tuple[int, Tensor, float]]) -> Iterator[Done]:
+        """The inputs (number, placed, distance from what was given) as they are decided, in no fixed order."""
         source = iter(inputs)
         pending: collections.deque[tuple[torch.cuda.Event | None, list[Tensor], list[tuple[_Job, int]]]] = collections.deque()
         while True:
-            rows, slots = self._plan(source)
-            if len(rows) == 0 and not pending:
+            planned = self._plan(source)
+            if planned is None and not pending:
                 return
-            if len(rows):
-                self._count(rows, slots)
+            if planned is not None:
+                self._count(*planned)
                 pending.append(self._read())
-            while pending and (len(pending) > _IN_FLIGHT or len(rows) == 0 or pending[0][0] is None or pending[0][0].query()):
+            while pending and (len(pending) > _IN_FLIGHT or planned is None or pending[0][0] is None or pending[0][0].query()):
                 event, host, jobs = pending.popleft()
                 if event is not None:
                     event.synchronize()
                 yield from self._judge(host, jobs)
 
-    def _plan(self, source: Iterator[tuple[int, Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-        """The next rows, and where each is counted: first what is sure to be needed, then new inputs, then what may be needed."""
+    def _plan(self, source: Iterator[tuple[int, Tensor, float]]) -> tuple[np.ndarray, np.ndarray] | None:
+        """The next rows, and where each is counted: first what is sure to be needed, then new inputs, then what may be needed. None: nothing is left."""
         parts: list[tuple[_Job, int, int, int]] = []  # job, segment, first copy, count
         left = self.batch
         for job in self.jobs:
             left = self._take(job, left, parts, ahead=False)
         while left and self.free and (found := next(source, None)) is not None:
-            job = _Job(found[0], self.free.pop())
+            job = _Job(found[0], self.free.pop(), self.procedure.around(found[2]))
             self.source.hold(job.slot, found[1])
             for table in self.tables:
                 table[job.slot * len(self.lengths) : (job.slot + 1) * len(self.lengths)].zero_()
@@ -133,11 +134,16 @@ class Engine:
         for job in self.jobs:
             left = self._take(job, left, parts, ahead=True)
         if not parts:
-            return np.empty((0, 3), dtype=np.int64), np.empty(0, dtype=np.int64)
-        rows = [row_table(job.slot, job.index, self._sample(segment, first) + np.arange(count)) for job, segment, first, count in parts]
-        slots = [np.full(count, job.slot * len(self.lengths) + segment) for job, segment, _, count in parts]
-        padding = row_table(-1, 0, np.zeros(left, dtype=np.int64)) if left else np.empty((0, 3), dtype=np.int64)
-        return np.concatenate([*rows, padding]), np.concatenate([*slots, np.full(left, -1)])
+            return None
+        rows, places, start = np.zeros((self.batch, 3), dtype=np.int64), np.zeros((self.batch, 3), dtype=np.int64), 0
+        rows[:, 0] = places[:, 0] = -1  # padding, unless there is more
+        for job, segment, first, count in parts:
+            part = slice(start, start + count)
+            rows[part, 0], rows[part, 1] = job.slot, job.index
+            rows[part, 2] = np.arange(count) + self._sample(segment, first)
+            places[part, 0] = job.slot * len(self.lengths) + segment
+            start += count
+        return rows, places
 
     def _sample(self, segment: int, first: int) -> int:
         """The number of a copy: those that choose the class are apart from all others."""
@@ -153,14 +159,14 @@ class Engine:
                 job.segment, job.taken, job.complete = job.segment + 1, 0, job.complete + 1
         return left
 
-    def _count(self, rows: np.ndarray, slots: np.ndarray) -> None:
+    def _count(self, rows: np.ndarray, places: np.ndarray) -> None:
         """One batch through the network, and its votes into the table."""
         logits = self.forward(self.source.draw(rows))
         if logits.shape != (self.batch, self.classes):
             raise CertifyError(
                 f"the network returns {tuple(logits.shape)} for {self.batch} inputs, expected ({self.batch}, {self.classes}); it must be row by row"
             )
-        where = torch.from_numpy(row_table(slots, 0, 0)).to(self.device, non_blocking=True)
+        where = torch.from_numpy(places).to(self.device, non_blocking=True)
         if self.temperature is None:
             count_rows(logits, where, self.tables[0], margin=self.margin)
         else:
@@ -189,7 +195,7 @@ class Engine:
             looks = tuple(_tally(n, [part[j] for part in sums]) for j, n in enumerate(self.procedure.schedule.sizes[: complete - 1]))
             while job.judged < len(looks) and not job.over:
                 job.judged += 1
-                job.outcome = self.procedure.decide(selection, looks[: job.judged], job.outcome)
+                job.outcome = job.procedure.decide(selection, looks[: job.judged], job.outcome)
                 job.over = job.outcome.status is not Status.UNFINISHED
             if job.over and job.outcome is not None:
                 self.jobs.remove(job)

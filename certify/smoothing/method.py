@@ -22,6 +22,7 @@ from certify.registry import Shape
 from certify.smoothing.bounds import ClopperPearson, ConfidenceBound, EmpiricalBernstein
 from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier
 from certify.smoothing.engine import Done, Engine, Forward, Source
+from certify.smoothing.engines import compiled
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
 from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.noises import Gaussian, GaussianLinf, Noise
@@ -48,14 +49,15 @@ class Smoothing(RobustnessMethod):
     tolerance: float | None = None
     levels: int | None = 255
     vote_margin: float = 0.0  # copies whose two largest logits are not further apart count against every class
-    batch: int = 256
+    batch: int | None = None  # rows of a batch; about 2^18 numbers unless given
     seed: int = 0
+    engine: str = "torch"  # or "compile", "onnxruntime", "openvino" (certify.smoothing.engines)
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.noise, Gaussian | GaussianLinf):
             raise CertifyError(f"copies are drawn with Gaussian noise so far, got {self.noise!r}; its radius can be had from counts of your own (Procedure)")
-        if self.batch < 1 or self.vote_margin < 0:
+        if (self.batch is not None and self.batch < 1) or self.vote_margin < 0:
             raise CertifyError(f"a batch has at least one row and a vote margin is not negative, got batch={self.batch} and vote_margin={self.vote_margin}")
         _ = self.copies, self._classifier  # refuse seeds, levels and sigmas that cannot be drawn, and constants that are not proved
 
@@ -68,6 +70,10 @@ class Smoothing(RobustnessMethod):
     @property
     def _classifier(self) -> SmoothedClassifier:
         return SmoothedClassifier(self.noise, self.scores, self.lipschitz)
+
+    def rows(self, shape: Shape) -> int:
+        """Of a batch of inputs of this shape: a power of two from 32 to 4096, unless given."""
+        return self.batch or min(max(1 << (2**18 // math.prod(shape)).bit_length() - 1, 32) if math.prod(shape) <= 2**18 else 32, 4096)
 
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""
@@ -107,27 +113,35 @@ class Smoothing(RobustnessMethod):
         whole, apart = to_grid(last, self.levels)  # in l2, which the maximum norm is not above
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
-    def run(self, forward: Forward, classes: int, shape: Shape, inputs: Iterable[tuple[int, Tensor]], device: torch.device | None = None) -> Iterator[Done]:
-        """Count copies of the inputs, numbered and placed, until each is decided."""
+    def run(
+        self, forward: Forward, classes: int, shape: Shape, inputs: Iterable[tuple[int, Tensor, float]], device: torch.device | None = None
+    ) -> Iterator[Done]:
+        """Count copies of the inputs (number, placed, distance; see `place`) until each is decided."""
         device = device or torch.device("cpu")
         procedure = self.procedure(shape)
         procedure.start(classes)
-        slots = 3 * (self.batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
-        source = _Copies(self.copies, shape, slots, self.batch, device)
-        yield from Engine(forward, classes, procedure, source, self.batch, slots, self.vote_margin, device).run(inputs)
+        batch = self.rows(shape)
+        slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
+        source = _Copies(self.copies, shape, slots, batch, device)
+        yield from Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device).run(inputs)
+
+    def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, tuple[str, ...]]:
+        """The function that is smoothed, as the engine runs it, and what was done to the network for it (see `prepared`)."""
+        plain, done = prepared(net, shape)
+        return compiled(plain, shape, self.rows(shape), self.engine), (*done, f"run by {self.engine}")
 
     def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:
         shape = tuple(inputs.shape[1:])
         if self.lipschitz is not None and self.lipschitz.evidence.get("network") != (digest := Graph.of(net, shape).digest):
             raise StaleBound(str(self.lipschitz.evidence.get("network")), digest)
         device = next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
-        forward, _ = prepared(net, shape)
-        classes = count_classes(forward, shape, self.batch, device)
+        forward, _ = self.prepared(net, shape)
+        classes = count_classes(forward, shape, self.rows(shape), device)
         placed, apart = self.place(inputs.detach().cpu().numpy())
         count = len(inputs)
         prediction, radius = np.full(count, -1, dtype=np.int64), np.zeros(count)
         runner_up = np.full(count, -1, dtype=np.int64)
-        for done in self.run(forward, classes, shape, enumerate(placed), device):
+        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), device):
             found = certified_radius(done.outcome, float(apart[done.index]))
             sums = done.looks[-1].sums.copy()
             sums[int(done.selection.favourite)] = -1
@@ -154,7 +168,7 @@ def certified_radius(outcome: Outcome, apart: float) -> float:
     return outcome.radius if apart == 0 else float(np.nextafter(outcome.radius - apart, 0.0))
 
 
-def prepared(net: nn.Module, shape: Shape) -> tuple[Forward, tuple[str, ...]]:
+def prepared(net: nn.Module, shape: Shape) -> tuple[nn.Module, tuple[str, ...]]:
     """The function that is smoothed, and what was done to the network for it: its weights as numbers, batch normalisation folded into convolutions, channels
     last. Raises CertifyError for a module in training mode, which looks at other inputs of a batch or draws at random.
     """

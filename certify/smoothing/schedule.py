@@ -201,6 +201,10 @@ class Procedure:
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise CertifyError(f"the {name} is a radius, a finite number that is not negative, got {value}")
 
+    def around(self, distance: float) -> Procedure:
+        """For copies made around a point so far from the input: a target around the input is that much larger around the point."""
+        return self if self.target is None or distance == 0 else dataclasses.replace(self, target=math.nextafter(self.target + distance, math.inf))
+
     def settings(self) -> dict[str, Any]:
         """What a manifest stores of it: plain numbers, and the printed forms of its values. `values.read` makes it again."""
         classifier = self.classifier
