@@ -29,6 +29,9 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "SLL": (lambda: lipnet.SLLConv2d(CHANNELS), "-"),
     "CPL": (lambda: lipnet.CPLConv2d(CHANNELS), "-"),
     "LiResNet": (lambda: lipnet.LiResConv2d(CHANNELS), "-"),
+    "AOL, one squaring": (lambda: lipnet.ContractionConv2d(CHANNELS, CHANNELS, contraction=lipnet.AOL(squarings=1)), "-"),
+    "BRO, Fourier": (lambda: lipnet.FourierBROConv2d(CHANNELS, CHANNELS, SIZE), "-"),
+    "sandwich, Cayley, Fourier": (lambda: lipnet.FourierSandwichConv2d(CHANNELS, CHANNELS, SIZE), "-"),
 }
 DENSE = (784, 256)
 Peers = dict[str, tuple[str, Callable[[Any], nn.Module]]]
