@@ -98,7 +98,7 @@ class FourierBROConv2d(FourierLayer):
         if self.rank > size:
             raise ValueError(f"rank must be at most max(in_channels * stride^2, out_channels) = {size}, got {self.rank}")
         free = 0.1 * torch.randn(size, self.rank, kernel_size, kernel_size) / (size**0.5 * kernel_size)
-        free[:, :, kernel_size // 2, kernel_size // 2] += torch.nn.init.orthogonal_(torch.empty(size, self.rank))
+        free[:, :, kernel_size // 2, kernel_size // 2] += torch.eye(size, self.rank)  # close to a change of some signs
         self.free = nn.Parameter(free)
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
 
