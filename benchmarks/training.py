@@ -196,7 +196,7 @@ def load(specs: Sequence[str], quick: bool) -> Data:
 
 
 def train(make: Callable[[], nn.Sequential], data: Data, epochs: int, rate: float, images: int | None = None) -> tuple[nn.Sequential, float]:
-    """A trained network and its seconds per epoch; on the first `images` only, where that is given."""
+    """A trained network and its seconds per epoch, of the processor; on the first `images` only, where that is given."""
     torch.manual_seed(0)
     net = make()
     shared: dict[str, Any] = {"epochs": epochs, "learning_rate": rate, "lookahead": False, "optimizer": "adam"}
@@ -205,9 +205,9 @@ def train(make: Callable[[], nn.Sequential], data: Data, epochs: int, rate: floa
         lipnet.Recipe(loss=DividedOffset(3.0, 0.25), **shared) if grey else lipnet.Recipe(loss=TemperedEMMA(0.6), epsilon=lipnet.EpsilonSchedule(), **shared)
     )
     x, y = (part[:images] for part in data.train)
-    start = time.perf_counter()
+    start = time.process_time()
     lipnet.fit(net, x, y, recipe, constants=constants if grey else pair_constants)
-    return net, (time.perf_counter() - start) / epochs * len(data.train[0]) / len(x)
+    return net, (time.process_time() - start) / epochs * len(data.train[0]) / len(x)
 
 
 @torch.no_grad()

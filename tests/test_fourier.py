@@ -87,7 +87,7 @@ def test_ill_conditioned_frequencies_keep_their_bound_in_float32():
         layer.free[:, :, 1, 1] = (u * torch.logspace(0, -4, 8)) @ v
     spectrum = functional.spectrum(layer.free.detach(), (6, 6))
     plain = torch.eye(16) - 2 * spectrum @ torch.linalg.solve(spectrum.mH @ spectrum, spectrum.mH)
-    assert torch.linalg.matrix_norm(plain.to(torch.complex128), 2).max() > 1.01  # the published form
+    assert torch.linalg.matrix_norm(plain.to(torch.complex128), 2).max() > 1.003  # the published form
     assert certify.lipschitz(layer, input_shape=(16, 6, 6)).value <= 1 + 3e-6
 
 

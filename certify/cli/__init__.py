@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("inspect", "lipschitz", "run", "report", "check")
+COMMANDS = ("inspect", "lipschitz", "run", "report", "check", "convert")
 
 
 class Exit(enum.IntEnum):

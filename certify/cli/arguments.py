@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import re
+from typing import TYPE_CHECKING
 
 from certify.text import parse_radius
+
+if TYPE_CHECKING:
+    from certify.smoothing.schedule import Procedure
 
 DEFAULT_RADII = ("36/255", "72/255", "108/255")
 
@@ -27,6 +31,25 @@ def add_radii(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """--json."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def add_setting(group: argparse._ArgumentGroup) -> None:
+    """--sigma, --n, --alpha and --n0 of a published log, which does not say them itself."""
+    group.add_argument("--sigma", type=float, metavar="S", help="the standard deviation of the noise, in the units of the radii")
+    group.add_argument("--n", type=int, metavar="N", help="the noisy copies of each input")
+    group.add_argument("--alpha", type=float, metavar="A", help="each certificate fails with at most this probability (one-sided, as --alpha of certify.py)")
+    group.add_argument("--n0", type=int, metavar="N", help="the copies that chose the class (default 100)")
+
+
+def setting(args: argparse.Namespace) -> Procedure:
+    """The procedure that these say. Raises CertifyError for what is left out."""
+    from certify.errors import CertifyError
+    from certify.smoothing.logs import cohen
+
+    for name in ("sigma", "n", "alpha"):
+        if getattr(args, name) is None:
+            raise CertifyError(f"a log does not say how it was made: give --{name} too, such as --sigma 0.5 --n 100000 --alpha 0.001")
+    return cohen(args.sigma, args.n, args.alpha, 100 if args.n0 is None else args.n0)
 
 
 def shape(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""`certify check DIR`: prove the stored numbers again, from the model and the data."""
+"""`certify check DIR`: prove the stored numbers again, from the model and the data; `certify check FILE.tsv`: what a published log cannot be right about."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json
+from certify.cli.arguments import add_json, add_setting, setting
+from certify.report.summary import lookup, plain
 
 if TYPE_CHECKING:
     from certify.bound import Bound
@@ -15,34 +16,65 @@ if TYPE_CHECKING:
     from certify.data import Dataset
     from certify.graph import Graph
     from certify.margins import Margin
+    from certify.models import Model
+    from certify.smoothing.logs import Finding
 
-HELP = "Prove every number of a results folder again; exit with 4 if one is not what the proof gives."
-EPILOG = "example:\n  certify check runs/demo/sandwich"
+HELP = "Prove every number of a results folder again, or look for impossible ones in a published log; exit with 4 if one is not what the proof gives."
+EPILOG = """examples:
+  certify check runs/demo/sandwich
+  certify check sigma_0.50.tsv --sigma 0.5 --n 100000 --alpha 0.001"""
 
 _TOLERANCE = 1e-6  # relative; the weights of a layer may differ by some 1e-7 when they are computed by another BLAS
 _SHOWN = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The folder, and where model and data are now."""
-    parser.add_argument("folder", metavar="DIR", type=pathlib.Path, help="a results folder of certify run")
+    """The folder, and where model and data are now; or a log and its setting."""
+    parser.add_argument("folder", metavar="DIR", type=pathlib.Path, help="a results folder of certify run or certify convert, or a published log (FILE.tsv)")
     parser.add_argument("--model", metavar="MODEL", help="where the model is now, if it was moved")
-    parser.add_argument("--data", metavar="DATA", help="where the data are now, if they were moved")
+    parser.add_argument("--data", metavar="DATA", help="where the data (or the log that a folder was made of) are now, if they were moved")
+    add_setting(parser.add_argument_group("with a published log"))
     add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Model and data by their sha256, the bound by its proof, each row by its logits."""
-    from certify import data, models
+    """Model and data by their sha256; then each number from what it follows from: the proof and the logits, or the counts. Logs have only their setting."""
     from certify.cli import Exit
-    from certify.cli.console import out, print_json, progress
+    from certify.cli.console import out, print_json
     from certify.errors import CertifyError
-    from certify.graph import Graph
-    from certify.margins import Margin
-    from certify.methods import lipschitz
     from certify.results import read_manifest, read_rows
 
-    manifest, rows = read_manifest(args.folder), read_rows(args.folder)
+    if args.folder.is_file():
+        count, (what, wrong, kinds) = _log_file(args)
+    else:
+        if any(value is not None for value in (args.sigma, args.n, args.alpha, args.n0)):
+            raise CertifyError(f"{args.folder}: a results folder says itself what its setting is; --sigma, --n, --alpha and --n0 are for a published log")
+        manifest, rows = _needed(args.folder, read_manifest(args.folder)), read_rows(args.folder)
+        if not rows:
+            raise CertifyError(f"{args.folder}: there are no results yet; run certify run first")
+        count = len(rows)
+        what, wrong, kinds = (_log_folder if "log" in manifest else _results)(args, manifest, rows)
+        wrong = wrong + _finished(args.folder, rows)
+    if args.json:
+        print_json({"folder": str(args.folder), "rows": count, "contradictions": wrong, **({} if kinds is None else {"kinds": kinds})})
+    else:
+        console = out()
+        for message in wrong[:_SHOWN]:
+            console.print(f"contradiction: {plain(message)}", markup=False, soft_wrap=True)
+        more = f" ({len(wrong) - _SHOWN} more not shown)" if len(wrong) > _SHOWN else ""
+        console.print(f"{args.folder}: {what}, {len(wrong)} contradictions{more}", markup=False, soft_wrap=True)
+    return Exit.CONTRADICTION if wrong else Exit.DONE
+
+
+Found = tuple[str, list[str], "dict[str, int] | None"]  # what was done, the contradictions, and how many of each kind
+
+
+def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Found:
+    """The rows of a run."""
+    from certify import data, models
+    from certify.cli.console import progress
+    from certify.errors import CertifyError
+
     shape = tuple(manifest["model"]["input_shape"])
     model = models.load(args.model or manifest["model"]["spec"], shape)
     dataset = data.load(args.data or manifest["data"]["spec"], shape)
@@ -52,28 +84,126 @@ def run(args: argparse.Namespace) -> int:
             raise CertifyError(
                 f"{args.folder}: the {what} has sha256 {found[:12]}, the results are of {stored[:12]}; name the file that was certified with {where}"
             )
-    if not rows:
-        raise CertifyError(f"{args.folder}: there are no results yet; run certify run first")
+    again = _counts if "smoothing" in manifest or manifest.get("guarantee") == "probabilistic" else _proof
+    known = {"model.parameters": model.parameters, "model.classes": list(model.classes) if model.classes else None, "data.count": len(dataset)}
+    told = {name: lookup(manifest, *name.split(".")) for name in known}
+    wrong = [f"the manifest has {name} {told[name]!r}, the model and the data have {known[name]!r}" for name in known if told[name] != known[name]]
     with progress(f"check {args.folder}", len(rows)) as advance:
-        bound = lipschitz(model.net, input_shape=model.shape)
-        graph = Graph.of(model.net, model.shape)
-        wrong = _bound_differences(manifest, bound) + _row_differences(rows, manifest, Margin(bound), graph, dataset, advance)
-    if args.json:
-        print_json({"folder": str(args.folder), "rows": len(rows), "contradictions": wrong})
-    else:
-        console = out()
-        for message in wrong[:_SHOWN]:
-            console.print(f"contradiction: {message}", markup=False, soft_wrap=True)
-        more = f" ({len(wrong) - _SHOWN} more not shown)" if len(wrong) > _SHOWN else ""
-        console.print(
-            f"{args.folder}: bound and {len(rows)} rows proved again, {len(wrong)} contradictions{more} (tolerance {_TOLERANCE:g} relative)", soft_wrap=True
+        did, differing = again(manifest, rows, model, dataset, advance)
+    return did, wrong + differing, None
+
+
+def _proof(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
+    """The bound by its proof, each row by its logits."""
+    from certify.graph import Graph
+    from certify.margins import Margin
+    from certify.methods import lipschitz
+
+    bound = lipschitz(model.net, input_shape=model.shape)
+    graph = Graph.of(model.net, model.shape)
+    wrong = _bound_differences(manifest, bound) + _row_differences(rows, manifest, Margin(bound), graph, dataset, advance)
+    return f"bound and {len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
+
+
+def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
+    """Each certificate from the counts that it claims to follow from. That the counts are those of the model is not looked at."""
+    from certify.smoothing.rows import contradictions, differences, method_of, off_grid
+
+    method = method_of(manifest)
+    procedure = method.procedure(model.shape)
+    selected, wrong = set(manifest["selection"]), differences(manifest, method, procedure)
+    for row in rows:
+        index = row["index"]
+        if index not in selected or not 0 <= index < len(dataset):
+            wrong.append(f"input {index} is not among those that were selected")
+        elif row.get("label") != dataset.labels[index] or row.get("guarantee") != "probabilistic" or row.get("norm") != f"{method.norm:g}":
+            wrong.append(f"input {index}: label, guarantee or norm are not those of the data and the method")
+        else:
+            wrong += contradictions(row, procedure, manifest["smoothing"].get("classes"), off_grid(method, dataset.inputs[index]))
+        advance(1)
+    return f"{len(rows)} rows computed again from their counts", wrong
+
+
+def _log_file(args: argparse.Namespace) -> tuple[int, Found]:
+    """The lines of a log by the setting that is given."""
+    from certify.smoothing.logs import audit, read_log
+
+    log = read_log(args.folder)
+    findings = audit(log.lines, setting(args))
+    kinds = _kinds(findings)
+    what = f"{len(log.lines)} lines of a log, which has no counts to compute a radius from{_told(kinds)}"
+    return len(log.lines), (what, [finding.text for finding in findings], kinds)
+
+
+def _log_folder(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Found:
+    """Each row by what its log printed, that by the setting, and the rows by the log itself where it can be found."""
+    from certify.errors import CertifyError
+    from certify.smoothing.logs import audit, line_of, log_differences, procedure_of, read_log, row_differences
+
+    procedure = procedure_of(manifest)
+    wrong = log_differences(manifest, procedure)
+    path = pathlib.Path(args.data or manifest["data"]["spec"])
+    log = read_log(path) if args.data or path.is_file() else None
+    if log is not None and log.sha256 != manifest["data"]["sha256"]:
+        raise CertifyError(
+            f"{args.folder}: {path} has sha256 {log.sha256[:12]}, the rows are of {manifest['data']['sha256'][:12]}; name the log they are from with --data"
         )
-    return Exit.CONTRADICTION if wrong else Exit.DONE
+    lines = []
+    for row in rows:
+        try:
+            lines.append(line_of(row))
+        except CertifyError as error:
+            wrong.append(str(error))
+    wrong += row_differences(rows, manifest["selection"], log)
+    findings = audit(lines, procedure)
+    kinds = _kinds(findings)
+    seen = "compared with their log" if log is not None else f"of a log that is not at {path} any more (say where with --data)"
+    return f"{len(rows)} rows {seen}, which has no counts to compute a radius from{_told(kinds)}", [*wrong, *(finding.text for finding in findings)], kinds
+
+
+def _kinds(findings: Sequence[Finding]) -> dict[str, int]:
+    from certify.smoothing.logs import KINDS
+
+    return {kind: count for kind in KINDS if (count := sum(finding.kind == kind for finding in findings))}
+
+
+def _told(kinds: Mapping[str, int]) -> str:
+    from certify.smoothing.logs import KINDS
+
+    return "".join(f", {count} {KINDS[kind]}" for kind, count in kinds.items())
+
+
+def _needed(folder: pathlib.Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest, if it has what is looked up in it. Raises CertifyError with the first thing that it lacks."""
+    from certify.errors import CertifyError
+
+    model = {} if "log" in manifest else {"model.spec": str, "model.sha256": str, "model.input_shape": list}
+    for name, kind in {**model, "data.spec": str, "data.sha256": str, "selection": list, "norm": str, "guarantee": str}.items():
+        if not isinstance(lookup(manifest, *name.split(".")), kind):
+            raise CertifyError(f"{folder / 'manifest.json'}: it has no {name}, or not of the kind that certify run writes; make the folder again")
+    whole = [*manifest["selection"], *(manifest["model"]["input_shape"] if model else ())]
+    if not all(type(number) is int for number in whole):
+        raise CertifyError(f"{folder / 'manifest.json'}: selection and input_shape are lists of whole numbers; make the folder again with certify run")
+    return manifest
+
+
+def _finished(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`results.jsonl`, where it is there, has the rows of the parts, without their times."""
+    import json
+
+    try:
+        lines = (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    except UnicodeDecodeError:
+        lines = []
+    stored = [json.dumps({key: value for key, value in row.items() if key != "seconds"}) for row in rows]
+    return [] if lines == stored else ["results.jsonl does not have the rows of the part-*.jsonl; delete it, and repeat the run"]
 
 
 def _bound_differences(manifest: Mapping[str, Any], proved: Bound) -> list[str]:
     """The stored bound may be larger than the proved one, never smaller."""
-    stored = manifest["bound"]["value"]
+    stored = lookup(manifest, "bound", "value")
     if isinstance(stored, float | int) and stored >= proved.value * (1 - _TOLERANCE):
         return []
     return [f"the stored Lipschitz bound is {stored}, the proof gives {proved.value!r}"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, indices, shard
+from certify.cli.arguments import add_json, add_model, add_radii, indices, radius, shard
+from certify.cli.report import show
 
 if TYPE_CHECKING:
-    from certify.bound import Bound
     from certify.data import Dataset
     from certify.graph import Graph
     from certify.margins import Margin
@@ -27,6 +28,7 @@ EPILOG = """examples:
   certify run net.safetensors test.npz -o runs/big --shard 0/4      (and 1/4, 2/4, 3/4 on other machines)"""
 
 _GROUP = 64  # rows written at once
+Certify = Callable[[Sequence[int]], Iterator[Sequence[Mapping[str, Any]]]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,39 +36,133 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument("data", metavar="DATA", help="digits, file.npz, mnist:DIR, cifar10:DIR, folder:DIR (docs/cli.md)")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, type=pathlib.Path, help="the results folder; an unfinished one is resumed")
-    parser.add_argument("--method", choices=["margin"], default="margin", help="margin: a proved Lipschitz bound of the network and its margins")
+    parser.add_argument(
+        "--method",
+        choices=["margin", "smoothing"],
+        default="margin",
+        help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with Gaussian noise on its inputs",
+    )
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
     some.add_argument("--indices", type=indices, metavar="A:B:C", help="these inputs only")
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="this process does every N-th input, beginning with the I-th")
     parser.add_argument("--quiet", action="store_true", help="do not print the table")
+    _add_smoothing(parser.add_argument_group("with --method smoothing"))
     add_radii(parser)
     add_json(parser)
 
 
+def _add_smoothing(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--sigma", type=float, metavar="S", help="the standard deviation of the noise, in the units of the input; required")
+    group.add_argument("--alpha", type=float, default=0.001, metavar="A", help="each certificate fails with at most this probability (default 0.001)")
+    group.add_argument("--n", type=int, default=100_000, metavar="N", help="at most so many noisy copies of each input (default 100000)")
+    group.add_argument("--n0", type=int, default=100, metavar="N", help="so many other copies choose the class (default 100)")
+    group.add_argument("--fixed", action="store_true", help="one look, at all N copies, instead of several, each with its part of alpha")
+    goal = group.add_mutually_exclusive_group()
+    goal.add_argument("--target", type=radius, metavar="R", help="only ask whether the radius is above R: stop as soon as that is decided")
+    goal.add_argument("--tol", type=float, metavar="T", help="stop once all further copies would add no more than T to the radius")
+    group.add_argument(
+        "--levels", type=int, default=255, metavar="G", help="inputs are multiples of 1/G (default 255); 0: float noise, added to them as they are"
+    )
+    group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default) or softmax:T, T the temperature")
+    group.add_argument("--norm", choices=["2", "inf"], default="2", help="of the radius")
+    group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
+    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: about 2^18 numbers)")
+    group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
+    group.add_argument("--seed", type=int, default=0, help="of the noise")
+
+
+def scores(text: str) -> str | float:
+    """`hard`, or the temperature of `softmax:T`."""
+    if text == "hard":
+        return text
+    kind, _, temperature = text.partition(":")
+    try:
+        if kind == "softmax":
+            return float(temperature or 1)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"scores are hard or softmax:T, such as softmax:0.5, got {text!r}")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Load, prove the bound, certify what is not yet in the folder, print the table."""
+    """Load, prepare the method, certify what is not yet in the folder, print the table."""
     from certify import data, models
     from certify.cli.console import progress
-    from certify.cli.report import show
-    from certify.graph import Graph
-    from certify.margins import Margin
-    from certify.methods import Layerwise, lipschitz
+    from certify.errors import CertifyError
     from certify.results import Folder
 
+    if args.method != "smoothing" and args.sigma is not None:
+        raise CertifyError(f"--sigma is for --method smoothing, and the method is {args.method}; say which of the two is meant")
     model = models.load(args.model, args.input_shape)
     dataset = data.load(args.data, model.shape)
-    bound = lipschitz(model.net, Layerwise(), input_shape=model.shape)
-    method, graph = Margin(bound), Graph.of(model.net, model.shape)
-    manifest = _manifest(model, dataset, bound, method, _selection(args, len(dataset)))
+    prepare = _smoothing if args.method == "smoothing" else _margin
+    facts, certify = prepare(args, model, dataset)
+    manifest = {**_manifest(model, dataset, _selection(args, len(dataset))), **facts}
     with Folder(args.output, manifest, args.shard) as folder:
         pending = folder.pending()
         with progress(f"certify {args.model}", len(pending)) as advance:
-            for group in _groups(pending):
-                folder.add(margin_rows(graph, dataset, method, group))
-                advance(len(group))
+            for rows in certify(pending):
+                folder.add(rows)
+                advance(len(rows))
         folder.finish()
     return show([args.output], args.eps, args.fail_under, args.json, warn_about_labels=True, quiet=args.quiet)
+
+
+def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
+    """The proved bound, for the manifest, and what makes rows with it."""
+    from certify.cli.lipschitz import bound_json
+    from certify.graph import Graph
+    from certify.margins import Margin
+    from certify.methods import Layerwise, lipschitz
+
+    bound = lipschitz(model.net, Layerwise(), input_shape=model.shape)
+    method, graph = Margin(bound), Graph.of(model.net, model.shape)
+    about = bound_json(bound)
+    facts = {
+        "method": repr(method),
+        "norm": f"{bound.norm[0]:g}",
+        "guarantee": "proof",
+        "failure": 0.0,
+        "bound": about,
+        "assumptions": about["assumptions"],
+        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(bound.assumptions, key=lambda a: a.name)},
+        "dtype": "weights as stored, evaluated in float64",
+    }
+    return facts, lambda pending: (margin_rows(graph, dataset, method, group) for group in _groups(pending))
+
+
+def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
+    """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
+    from certify.errors import CertifyError
+    from certify.smoothing import FixedN, Gaussian, GaussianLinf, GroupSequential, Hardmax, Softmax
+    from certify.smoothing.method import Smoothing, count_classes
+    from certify.smoothing.rows import facts, rows
+    from certify.smoothing.schedule import doubling
+
+    if args.sigma is None:
+        raise CertifyError("--method smoothing needs --sigma, the standard deviation of the noise in the units of the input, such as --sigma 0.25")
+    if model.input_range is not None and not (model.input_range[0] <= dataset.inputs.min() and dataset.inputs.max() <= model.input_range[1]):
+        raise CertifyError(f"{args.data}: inputs are in [{dataset.inputs.min():g}, {dataset.inputs.max():g}], the model takes {list(model.input_range)}")
+    noise = Gaussian(args.sigma) if args.norm == "2" else GaussianLinf(args.sigma, math.prod(model.shape))
+    method = Smoothing(
+        noise,
+        Hardmax() if args.scores == "hard" else Softmax(args.scores),
+        FixedN(args.n0, args.n, args.alpha) if args.fixed else GroupSequential(doubling(args.n), n0=args.n0, alpha=args.alpha),
+        target=args.target,
+        tolerance=args.tol,
+        levels=args.levels or None,
+        vote_margin=args.vote_margin,
+        batch=args.batch,
+        seed=args.seed,
+        engine=args.engine,
+    )
+    forward, done = method.prepared(model.net, model.shape)
+    classes = count_classes(forward, model.shape, method.rows(model.shape))
+    procedure = method.procedure(model.shape)
+    procedure.start(classes)
+    about = {**facts(method, procedure, done, classes), "dtype": "weights as stored, evaluated in float32"}
+    return about, lambda pending: ([row] for row in rows(method, forward, classes, dataset, pending))
 
 
 def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[int]) -> list[dict[str, Any]]:
@@ -115,16 +211,14 @@ def _groups(pending: Sequence[int]) -> Iterator[Sequence[int]]:
         yield pending[start : start + _GROUP]
 
 
-def _manifest(model: Model, dataset: Dataset, bound: Bound, method: Margin, selection: list[int]) -> dict[str, Any]:
-    """Everything that says what the numbers of a folder are."""
+def _manifest(model: Model, dataset: Dataset, selection: list[int]) -> dict[str, Any]:
+    """What says which numbers a folder holds, apart from the method."""
     import numpy
     import torch
 
     import lipnet
-    from certify.cli.lipschitz import bound_json
     from certify.results import SCHEMA
 
-    facts = bound_json(bound)
     return {
         "schema": SCHEMA,
         "model": {
@@ -136,18 +230,10 @@ def _manifest(model: Model, dataset: Dataset, bound: Bound, method: Margin, sele
         },
         "data": {"spec": dataset.spec, "sha256": dataset.sha256, "count": len(dataset)},
         "input": {"range": list(model.input_range) if model.input_range else None, "units": "of the data, before any normalisation in the model"},
-        "method": repr(method),
-        "norm": f"{bound.norm[0]:g}",
-        "guarantee": "proof",
-        "failure": 0.0,
-        "bound": facts,
-        "assumptions": facts["assumptions"],
-        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(bound.assumptions, key=lambda a: a.name)},
         "selection": selection,
         "seed": None,
         "argv": ["certify", *sys.argv[1:]],
         "versions": {"lipnet": lipnet.__version__, "torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()},
         "device": "cpu",
-        "dtype": "weights as stored, evaluated in float64",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

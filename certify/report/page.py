@@ -131,8 +131,8 @@ def html(runs: Sequence[Run], radii: Sequence[float], title: str) -> str:
 
 
 def _leader(summaries: Sequence[Summary], place: int | None) -> Summary | None:
-    """The run the page begins with: of those with the strongest guarantee, the one with the largest certified accuracy at the radius of that place."""
-    known = [summary for summary in summaries if summary.proved and summary.clean is not None]
+    """The run the page begins with: of those computed here, with the strongest guarantee, the one with the largest accuracy at the radius of that place."""
+    known = [summary for summary in summaries if summary.proved and summary.log is None and summary.clean is not None]
     strongest = [summary for summary in known if summary.guarantee == "proof"] or known
     return max(strongest, key=lambda summary: (summary.clean if place is None else summary.certified[place], summary.clean), default=None)
 
@@ -167,7 +167,9 @@ def _statement(run: Run, summary: Summary) -> str:
         chance = "the probability that its manifest states" if summary.failure is None else f"probability at least 1 - {summary.failure:g}"
         smoothed = summary.method.startswith("Smoothing")
         subject = "smoothed classifier" if smoothed else "network"
-        return f"for each input, with {chance}, {claim} {subject} does not change{proviso}.{' It says nothing about the network without the noise.' * smoothed}"
+        claimed = "as a published log claims, " * (summary.log is not None)
+        apart = " It says nothing about the network without the noise." * smoothed
+        return f"{claimed}for each input, with {chance}, {claim} {subject} does not change{proviso}.{apart}"
     if summary.guarantee == "attack":
         return f"an attack found a perturbation of this {norm} norm that changes the prediction. The radius is an upper bound and certifies nothing."
     return f"the radius ({norm} norm) is {'an estimate' if summary.guarantee == 'estimate' else 'of unknown origin'} and certifies nothing."
@@ -291,6 +293,7 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Classes": ", ".join(map(str, classes)) if isinstance(classes, list | tuple) else classes,
         "Data": lookup(manifest, "data", "spec"),
         "Data sha256": lookup(manifest, "data", "sha256"),
+        "Log sha256": lookup(manifest, "log", "sha256"),
         "Command": shlex.join(map(str, argv)) if argv else None,
         "Seed": lookup(manifest, "seed"),
         "Device": lookup(manifest, "device"),

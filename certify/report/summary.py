@@ -44,6 +44,7 @@ class Summary:
     bound: float | None
     errors: int
     abstained: int
+    log: str | None = None  # the published log that the radii are from, and what is known against it; None for radii that were computed
 
     @property
     def proved(self) -> bool:
@@ -71,6 +72,7 @@ def summarize(run: Run, radii: Sequence[float]) -> Summary:
         bound=_number(lookup(run.manifest, "bound", "value")),
         errors=statuses.count("error"),
         abstained=statuses.count("abstained"),
+        log=_log(run),
     )
 
 
@@ -206,9 +208,20 @@ def _notes_of(summary: Summary) -> list[str]:
         f"{name}: {summary.errors} of {count} inputs ended in an error; they count as not right and not certified.": summary.errors,
         f"{name}: abstained on {summary.abstained} of {count} inputs; they count as not right and not certified.": summary.abstained,
         f"{name}: the inputs have no labels, so there are no accuracies; the radius is that of the prediction, right or wrong.": summary.clean is None,
+        f"{name}: {summary.log}": summary.log,
         f"{name}: guarantee {summary.guarantee}, so nothing is certified; the radii are no lower bounds.": not summary.proved,
     }
     return [sentence for sentence, holds in told.items() if holds]
+
+
+def _log(run: Run) -> str | None:
+    """A sentence, for radii that were not computed here."""
+    if lookup(run.manifest, "log") is None:
+        return None
+    named, digest = lookup(run.manifest, "log", "name") or "no name", str(lookup(run.manifest, "log", "sha256"))[:12]
+    impossible = lookup(run.manifest, "log", "impossible")
+    against = f" {impossible} of its rows cannot be right: see `certify check`." if impossible else ""
+    return f"the radii are those of a published log ({named}, sha256 {digest}), as it claims them; nothing was computed again.{against}"
 
 
 def _number(value: Any) -> float | None:

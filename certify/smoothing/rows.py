@@ -1,0 +1,170 @@
+"""Smoothing in a results folder: the rows of a run, what its manifest says of the method, and rows computed again from their counts."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from certify.bound import Array
+from certify.data import Dataset
+from certify.errors import CertifyError
+from certify.smoothing.engine import Forward
+from certify.smoothing.method import Smoothing, certified_radius
+from certify.smoothing.schedule import Procedure, Status
+from certify.smoothing.values import parse
+
+_TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
+
+
+def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each input as it is decided, with all counts in it. The number of an input in the data set keys its noise."""
+    if not pending:
+        return
+    shape = dataset.inputs.shape[1:]
+    placed, apart = method.place(dataset.inputs[list(pending)])
+    where = {index: i for i, index in enumerate(pending)}
+    start = time.perf_counter()
+    for done in method.run(_told(forward), classes, shape, ((index, placed[where[index]], float(apart[where[index]])) for index in pending)):
+        now = time.perf_counter()
+        counts = {"selection": done.selection.to_json(), "looks": [tally.to_json() for tally in done.looks], **done.outcome.to_json()}
+        distance = float(apart[where[done.index]])
+        yield {
+            "schema": 1,
+            "index": done.index,
+            "label": int(dataset.labels[done.index]),
+            **_verdict(int(done.selection.favourite), distance, certified_radius(done.outcome, distance), int(dataset.labels[done.index])),
+            "method": "smoothing",
+            "norm": f"{method.norm:g}",
+            "guarantee": "probabilistic",
+            "alpha": done.outcome.alpha,
+            "n": done.looks[-1].n,
+            "counts": counts,
+            "seconds": round(now - start, 6),
+        }
+        start = now
+
+
+def _told(forward: Forward) -> Forward:
+    """The same function, whose failure (memory, mostly) is one sentence: the rows before it are kept."""
+
+    def run(x: Tensor) -> Tensor:
+        try:
+            return forward(x)
+        except Exception as error:  # torch raises many kinds here
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CertifyError(f"the network failed on a batch of {len(x)} noisy copies: {line}; what was done is kept, repeat the command to go on") from error
+
+    return run
+
+
+def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], classes: Any) -> dict[str, Any]:
+    """What the manifest of a run says of its method."""
+    return {
+        "method": repr(method),
+        "norm": f"{method.norm:g}",
+        "guarantee": "probabilistic",
+        "failure": method.schedule.alpha,
+        "seed": method.seed,
+        "smoothing": {
+            **procedure.settings(),
+            "classifier": procedure.classifier.digest,
+            "levels": method.levels,
+            "classes": classes,
+            "batch": method.batch,
+            "engine": method.engine,
+        },
+        "prepared": list(prepared),
+        "assumptions": [assumption.name for assumption in sorted(method.assumptions, key=lambda a: a.name)],
+        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
+    }
+
+
+def contradictions(row: Mapping[str, Any], procedure: Procedure, classes: Any, distance: float) -> list[str]:
+    """What a row claims and its counts do not give; `distance` is that of its input from the grid."""
+    where = f"input {row.get('index')}"
+    try:
+        outcome = procedure.around(distance).check_row({**row["counts"], "classifier": procedure.classifier.digest})
+        sums, last = row["counts"]["selection"]["sums"], row["counts"]["looks"][-1]
+    except (CertifyError, KeyError, TypeError, ValueError, OverflowError) as error:
+        return [f"{where}: {_sentence(error)}"]
+    if outcome.status is Status.UNFINISHED:
+        return [f"{where}: its counts end before a look that decides"]
+    if len(sums) != classes:
+        return [f"{where}: its counts are of {len(sums)} classes, the manifest says {classes!r}"]
+    selected = max(range(len(sums)), key=lambda k: sums[k])
+    proved: dict[str, Any] = {
+        **_verdict(selected, distance, certified_radius(outcome, distance), row.get("label")),
+        "schema": 1,
+        "method": "smoothing",
+        "alpha": outcome.alpha,
+        "n": last["n"],
+    }
+    return [f"{where}: {key} is stored as {row.get(key)!r}, its counts give {value!r}" for key, value in proved.items() if not _same(row.get(key), value)]
+
+
+def off_grid(method: Smoothing, image: Array) -> float:
+    """How far an input is from the grid of the run, in l2, rounded up: what `Smoothing.place` takes from its radius."""
+    return float(method.place(image[None])[1][0])
+
+
+def method_of(manifest: Mapping[str, Any]) -> Smoothing:
+    """The method that the manifest of a run names. Raises CertifyError where it names none."""
+    text = manifest.get("method")
+    try:
+        call = ast.parse(text, mode="eval").body if isinstance(text, str) else None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        call = None
+    if not isinstance(call, ast.Call) or ast.unparse(call.func) != Smoothing.__name__ or call.args:
+        raise CertifyError(f"the manifest's method {str(text)[:80]!r} is not the printed form of one of this version; make the folder again with certify run")
+    try:
+        return Smoothing(**{word.arg or "": _value(word.value) for word in call.keywords})
+    except TypeError as error:
+        raise CertifyError(f"the manifest's method {str(text)[:80]!r} is none of this version: {error}") from error
+
+
+def _value(node: ast.expr) -> Any:
+    """An argument of the method: a word, or what `parse` reads."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else parse(ast.unparse(node))
+
+
+def differences(manifest: Mapping[str, Any], method: Smoothing, procedure: Procedure) -> list[str]:
+    """What a manifest says of its method and the method itself does not."""
+    stored = manifest.get("smoothing")
+    if not isinstance(stored, Mapping):
+        raise CertifyError("the manifest says nothing of the smoothing it is of; make the folder again with certify run")
+    proved = json.loads(json.dumps(facts(method, procedure, (), stored.get("classes"))))
+    wrong = _unlike("smoothing.", stored, proved["smoothing"])
+    named = ("norm", "guarantee", "failure", "seed", "assumptions")
+    return [*_unlike("", {key: manifest.get(key) for key in named}, {key: proved[key] for key in named}), *wrong]
+
+
+def _unlike(prefix: str, stored: Mapping[str, Any], proved: Mapping[str, Any]) -> list[str]:
+    return [
+        f"the manifest has {prefix}{key} {stored.get(key)!r}, its method gives {proved.get(key)!r}"
+        for key in {**proved, **stored}
+        if not _same(stored.get(key), proved.get(key))
+    ]
+
+
+def _same(stored: Any, proved: Any) -> bool:
+    """Whether two stored values are one, up to the last digits of a float."""
+    if isinstance(proved, float) and isinstance(stored, float | int) and not isinstance(stored, bool):
+        return math.isclose(stored, proved, rel_tol=_TOLERANCE)
+    return type(stored) is type(proved) and bool(stored == proved)
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, CertifyError) else f"the row lacks what certificates are computed from: {error!r}"
+
+
+def _verdict(selected: int, distance: float, radius: float, label: Any) -> dict[str, Any]:
+    """Prediction, radius and status of a row. A target that is missed leaves the prediction and its smaller radius."""
+    if not radius > 0:
+        return {"prediction": -1, "radius": 0.0, "off_grid": distance, "status": "abstained"}
+    return {"prediction": selected, "radius": radius, "off_grid": distance, "status": "certified" if selected == label else "misclassified"}
