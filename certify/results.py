@@ -41,7 +41,7 @@ class Folder:
         return [i for i in self.manifest["selection"] if i % count == index and i not in self.done]
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Append rows; each is one line, and whole on disk before the next call returns."""
+        """Append rows; each is one line, and handed to the operating system before the call returns."""
         if self._file is None:
             name = f"part-{self.shard[0]}-of-{self.shard[1]}-{uuid.uuid4().hex[:8]}.jsonl"
             self._file = (self.path / name).open("a", encoding="utf-8")
@@ -118,13 +118,13 @@ def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.exists():
         temporary = path / f".manifest.{uuid.uuid4().hex}"
-        temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
         try:
+            temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
             os.link(temporary, file)  # creates it whole or not at all
         except FileExistsError:
             pass  # another process was first
         finally:
-            temporary.unlink()
+            temporary.unlink(missing_ok=True)
     found = read_manifest(path)
     for key in IDENTITY:
         if found.get(key) != json.loads(json.dumps(manifest.get(key))):

@@ -360,7 +360,7 @@ def test_bad_questions_are_refused_in_one_sentence():
     refused("dropout|training mode", lambda: certify.robustness(nn.Sequential(nn.Dropout().train(), network()), x, Smoothing(Gaussian(0.5), schedule=SHORT)))
     refused("does not take", lambda: certify.robustness(net, torch.rand(2, 7), Smoothing(Gaussian(0.5), schedule=SHORT)))
     refused("at least two classes", lambda: certify.robustness(nn.Linear(6, 1).eval(), x, Smoothing(Gaussian(0.5), schedule=SHORT)))
-    refused("least that can is 7", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=FixedN(1, 4, 0.01))))
+    refused("least that can at this alpha is 7", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=FixedN(1, 4, 0.01))))
     refused("cannot certify a radius above 5", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=SHORT, target=5.0)))
     refused("votes and softmax", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), Sparsemax(), SHORT)))
     refused("for inputs of 5 entries", lambda: certify.robustness(net, x, Smoothing(GaussianLinf(0.5, 5), schedule=SHORT)))

@@ -243,7 +243,7 @@ def test_too_few_copies_are_refused_with_the_least_number_that_would_do(bound, c
     def procedure(n):
         return Procedure(HARD, bound, FixedN(n0=10, n=n))
 
-    with pytest.raises(CertifyError, match=r"5 copies cannot certify anything at alpha=0.001 .* the least that can is \d+") as caught:
+    with pytest.raises(CertifyError, match=r"5 copies cannot certify anything at alpha=0.001 .* the least that can at this alpha is \d+") as caught:
         procedure(5).start(classes)
     least = int(str(caught.value).rsplit(" ", 1)[1])
     procedure(least).start(classes)
@@ -254,7 +254,7 @@ def test_too_few_copies_are_refused_with_the_least_number_that_would_do(bound, c
 
 
 def test_a_target_out_of_reach_is_refused_with_what_would_do():
-    with pytest.raises(CertifyError, match=r"100000 copies cannot certify a radius above 4 .* \(radius 3.7.*\); the least that can is"):
+    with pytest.raises(CertifyError, match=r"100000 copies cannot certify a radius above 4 .* \(radius 3.7.*\); the least that can at this alpha is"):
         Procedure(HARD, target=4.0).start(10)
     with pytest.raises(CertifyError, match="nor can any other number"):
         Procedure(SmoothedClassifier(noises.Uniform(0.5)), target=0.5).start(10)

@@ -24,16 +24,20 @@ _TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
 
 def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row for each input as it is decided, with all counts in it. The number of an input in the data set keys its noise."""
-    if not pending:
-        return
-    shape = dataset.inputs.shape[1:]
-    placed, apart = method.place(dataset.inputs[list(pending)])
-    where = {index: i for i, index in enumerate(pending)}
+    distances: dict[int, float] = {}
+
+    def inputs() -> Iterator[tuple[int, Tensor, float]]:
+        """One at a time, so that a large data set is not copied."""
+        for index in pending:
+            placed, apart = method.place(dataset.inputs[index : index + 1])
+            distances[index] = float(apart[0])
+            yield index, placed[0], distances[index]
+
     start = time.perf_counter()
-    for done in method.run(_told(forward), classes, shape, ((index, placed[where[index]], float(apart[where[index]])) for index in pending)):
+    for done in method.run(_told(forward), classes, dataset.inputs.shape[1:], inputs()):
         now = time.perf_counter()
         counts = {"selection": done.selection.to_json(), "looks": [tally.to_json() for tally in done.looks], **done.outcome.to_json()}
-        distance = float(apart[where[done.index]])
+        distance = distances.pop(done.index)
         yield {
             "schema": 1,
             "index": done.index,

@@ -242,7 +242,7 @@ class Procedure:
         n = self._enough(classes, target)
         last, alpha = self.schedule.sizes[-1], self.schedule.alphas[-1]
         goal = f"a radius above {target:g}" if target else "anything"
-        advice = f"the least that can is {n}" if n else f"nor can any other number that is tried, up to {_MOST}"
+        advice = f"the least that can at this alpha is {n}" if n else f"nor can any other number that is tried, up to {_MOST}"
         raise CertifyError(f"{last} copies cannot certify {goal} at alpha={alpha:g} of the last look, even if all agree (radius {best:.6g}); {advice}")
 
     def _enough(self, classes: int, target: float) -> int | None:

@@ -29,7 +29,7 @@ def parse(text: str) -> Any:
     try:
         return _value(ast.parse(text, mode="eval").body)
     except (SyntaxError, TypeError, KeyError, OverflowError, RecursionError, MemoryError) as error:
-        raise CertifyError(f"{text[:80]!r} is not the printed form of a value of this version: {error}") from error
+        raise CertifyError(f"{str(text)[:80]!r} is not the printed form of a value of this version: {error}") from error
 
 
 def read(settings: Mapping[str, Any], lipschitz: Bound | None = None) -> schedule.Procedure:
