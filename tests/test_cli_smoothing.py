@@ -579,3 +579,16 @@ def test_the_manifest_names_all_that_the_numbers_depend_on(small):
     assert manifest["method"].startswith("Smoothing(noise=Gaussian(sigma=0.25), scores=Hardmax(), schedule=GroupSequential(")
     assert manifest["smoothing"].keys() >= {"noise", "scores", "bound", "schedule", "share", "distance", "classifier", "levels", "classes", "batch"}
     assert (manifest["seed"], manifest["failure"], manifest["guarantee"]) == (3, 0.001, "probabilistic")
+
+
+@pytest.mark.parametrize(("rank", "size"), [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")])
+def test_ranks_of_a_launcher_share_a_folder(rank, size, tmp_path, monkeypatch):
+    (tmp_path / "nets.py").write_text("from torch import nn\nclass Some(nn.Module):\n    def forward(self, x): return x[:, :10]\ndef make(): return Some()\n")
+    command = ["run", f"{tmp_path}/nets.py:make", "digits", "--input-shape", "64", *SETTING, "--n", "400", "--limit", "10"]
+    assert main([*command, "-o", str(tmp_path / "whole")]) == 0
+    for index in (2, 0, 1):
+        monkeypatch.setenv(rank, str(index))
+        monkeypatch.setenv(size, "3")
+        assert main([*command, "-o", str(tmp_path / "shared")]) == 0
+    assert len(list((tmp_path / "shared").glob("part-*-of-3-*.jsonl"))) == 3
+    assert (tmp_path / "shared/results.jsonl").read_bytes() == (tmp_path / "whole/results.jsonl").read_bytes()

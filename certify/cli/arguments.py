@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,15 @@ def shard(text: str) -> tuple[int, int]:
     if not match or not int(match[1]) < int(match[2]):
         raise argparse.ArgumentTypeError(f"a shard is I/N with I in 0 .. N-1, such as 0/4, got {text!r}")
     return int(match[1]), int(match[2])
+
+
+def shard_here() -> tuple[int, int]:
+    """The shard of this process among those that torchrun or Slurm started together; all of the inputs without them."""
+    for rank, size in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        found = f"{os.environ.get(rank, '')}/{os.environ.get(size, '')}"
+        if re.fullmatch(r"\d+/\d+", found):
+            return shard(found)
+    return 0, 1
 
 
 def indices(text: str) -> slice:

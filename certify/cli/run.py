@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, indices, radius, shard
+from certify.cli.arguments import add_json, add_model, add_radii, indices, radius, shard, shard_here
 from certify.cli.report import show
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
     some.add_argument("--indices", type=indices, metavar="A:B:C", help="these inputs only")
-    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="this process does every N-th input, beginning with the I-th")
+    parser.add_argument(
+        "--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)"
+    )
     parser.add_argument("--quiet", action="store_true", help="do not print the table")
     _add_smoothing(parser.add_argument_group("with --method smoothing"))
     add_radii(parser)
@@ -99,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     prepare = _smoothing if args.method == "smoothing" else _margin
     facts, certify = prepare(args, model, dataset)
     manifest = {**_manifest(model, dataset, _selection(args, len(dataset))), **facts}
-    with Folder(args.output, manifest, args.shard) as folder:
+    with Folder(args.output, manifest, args.shard or shard_here()) as folder:
         pending = folder.pending()
         with progress(f"certify {args.model}", len(pending)) as advance:
             for rows in certify(pending):
