@@ -592,3 +592,14 @@ def test_ranks_of_a_launcher_share_a_folder(rank, size, tmp_path, monkeypatch):
         assert main([*command, "-o", str(tmp_path / "shared")]) == 0
     assert len(list((tmp_path / "shared").glob("part-*-of-3-*.jsonl"))) == 3
     assert (tmp_path / "shared/results.jsonl").read_bytes() == (tmp_path / "whole/results.jsonl").read_bytes()
+
+
+def test_inspect_says_that_smoothing_applies_where_no_rule_does(tmp_path, capsys):
+    (tmp_path / "nets.py").write_text(FACTORIES)
+    assert main(["inspect", f"{tmp_path}/nets.py:flat", "--input-shape", "64", "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["certifiers"]["smoothing"]["applies"]
+    (tmp_path / "own.py").write_text("from torch import nn\nclass Odd(nn.Module):\n    def forward(self, x): return x[:, :10] ** 3\ndef make(): return Odd()\n")
+    assert main(["inspect", f"{tmp_path}/own.py:make", "--input-shape", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "certifier margin: does not apply" in shown
+    assert "certifier smoothing: applies; about " in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_model
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     for name, kind, detail in about["layers"]:
         console.print(f"  {name:<12} {kind}({detail})", markup=False)
     for method, verdict in about["certifiers"].items():
-        console.print(f"certifier {method}: {'applies' if verdict['applies'] else 'does not apply'}")
+        rate = f"; about {float(format(verdict['copies_per_second'], '.2g')):,.0f} noisy copies per second here" if "copies_per_second" in verdict else ""
+        console.print(f"certifier {method}: {'applies' if verdict['applies'] else 'does not apply'}{rate}")
         for problem in verdict["problems"]:
             console.print(f"  {problem}", markup=False)
     return 0
@@ -62,5 +64,23 @@ def _about(model: Model) -> dict[str, Any]:
         "input_range": model.input_range,
         "classes": model.classes,
         "layers": layers,
-        "certifiers": {"margin": {"applies": not problems, "problems": problems}},
+        "certifiers": {"margin": {"applies": not problems, "problems": problems}, "smoothing": _smoothing(model)},
     }
+
+
+def _smoothing(model: Model) -> dict[str, Any]:
+    """Whether the model is a classifier of such inputs, and how fast it runs; any sigma will do for that."""
+    from certify.errors import CertifyError
+    from certify.smoothing import Gaussian
+    from certify.smoothing.method import Smoothing, count_classes
+
+    method = Smoothing(Gaussian(0.5))
+    try:
+        forward, _ = method.prepared(model.net, model.shape)
+        rows = method.rows(model.shape)
+        count_classes(forward, model.shape, rows)
+        start = time.perf_counter()
+        count_classes(forward, model.shape, rows)
+    except CertifyError as error:
+        return {"applies": False, "problems": [str(error)]}
+    return {"applies": True, "problems": [], "copies_per_second": rows / (time.perf_counter() - start)}

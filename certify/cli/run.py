@@ -45,9 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
     some.add_argument("--indices", type=indices, metavar="A:B:C", help="these inputs only")
-    parser.add_argument(
-        "--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)"
-    )
+    parser.add_argument("--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)")
     parser.add_argument("--quiet", action="store_true", help="do not print the table")
     _add_smoothing(parser.add_argument_group("with --method smoothing"))
     add_radii(parser)
