@@ -90,7 +90,7 @@ def ours(net: nn.Module, images: Tensor, schedule: Schedule, engine: str = "torc
     """The same question, with the network compiled once before."""
     method = certify.Smoothing(Gaussian(SIGMA), schedule=schedule, engine=engine)
     shape = tuple(images.shape[1:])
-    forward, _ = method.prepared(net, shape)
+    forward, _, _ = method.prepared(net, shape)
     placed, apart = method.place(images.numpy())
     return lambda: list(method.run(forward, 10, shape, zip(range(len(placed)), placed, apart.tolist(), strict=True)))
 
@@ -130,7 +130,7 @@ def copies(quick: bool) -> list[Row]:
     def asked(schedule: Schedule, **goal: float) -> tuple[float, np.ndarray]:
         """Mean copies, and the radii where the prediction is right."""
         method = certify.Smoothing(Gaussian(SIGMA), schedule=schedule, levels=16, **goal)  # type: ignore[arg-type]
-        forward, _ = method.prepared(net, (64,))
+        forward, _, _ = method.prepared(net, (64,))
         placed, apart = method.place(images.numpy())
         used, radii = 0, np.zeros(count)
         for done in method.run(forward, 10, (64,), zip(range(count), placed, apart.tolist(), strict=True)):

@@ -31,6 +31,10 @@ class Assumption(enum.Enum):
     )
     RANDOM_BITS = "The bits of the counter-based generator Philox4x32-10 behave like independent, uniform random bits."
     FLOAT_NOISE = "Float noise is taken for exactly Gaussian, and its sum with the input for exact; a grid of the inputs (levels) does without this assumption."
+    ROW_BY_ROW = (
+        "An output of the network depends on its own input alone, not on the rest of a batch, and is the same at every call; "
+        "that is tried on some batches, not proved."
+    )
     PUBLISHED_LOG = "The log states what its code computed, with the setting that is given here; it has no counts, so nothing was computed again."
     EVAL_MODE = "The network runs in eval mode, as it did when it was certified."
 

@@ -42,6 +42,8 @@ class Graph:
         if trace is None:
             raise Unsupported(found)
         parent = _as_parent(net)
+        if any(module.training for module in net.modules()):  # found, and a run in training mode would change the network
+            parent = copy.deepcopy(parent).eval()
         try:
             graph = cls(parent, trace, _shapes(parent, trace, input_shape), tuple(input_shape))
         except ValueError:

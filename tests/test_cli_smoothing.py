@@ -477,7 +477,7 @@ def test_check_finds_a_changed_results_file(small, tmp_path, capsys):
         (["--n=5", "--fixed"], "the least that can at this alpha is 11"),
         (["--n=0"], "whole numbers of copies"),
         (["--n0=0"], "at least one copy"),
-        (["--vote-margin=-0.1"], "vote margin is not negative"),
+        (["--vote-margin=-0.1"], "vote margin is at least 0"),
         (["--vote-margin=nan"], "a vote margin is at least 0"),
         (["--levels=-1"], "whole number from 1 to 65536"),
         (["--batch=0"], "at least one row"),

@@ -26,6 +26,7 @@ from certify.smoothing import (
     Softmax,
     Sparsemax,
     Status,
+    prepare,
 )
 from certify.smoothing import method as methods
 from certify.smoothing.engine import Engine
@@ -214,7 +215,7 @@ def test_the_certificate_says_what_it_takes_for_granted():
     grid, floats = (certify.robustness(net, x, Smoothing(Gaussian(0.4), schedule=SHORT, levels=levels)) for levels in (255, None))
     assert grid.failure == floats.failure == 0.01
     assert Assumption.FLOAT_NOISE in floats.assumptions
-    assert grid.assumptions == {Assumption.RANDOM_BITS, Assumption.EVAL_MODE}
+    assert grid.assumptions == {Assumption.RANDOM_BITS, Assumption.EVAL_MODE, Assumption.ROW_BY_ROW}
     assert grid.seed == 0
     assert grid.norm == 2
     maximum = certify.robustness(net, x, Smoothing(GaussianLinf(0.4, 6), schedule=SHORT))
@@ -278,14 +279,15 @@ def test_networks_are_prepared_without_a_change_to_what_they_compute():
     net(torch.randn(32, 3, 4, 4))
     net.eval()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    forward, done = methods.prepared(net, (3, 4, 4))
+    forward, classes, done = prepare.prepared(net, (3, 4, 4), 16)
+    assert classes == 4
     assert any("folded" in step for step in done)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in forward.modules())
     x = torch.randn(7, 3, 4, 4)
     torch.testing.assert_close(forward(x), net(x), atol=1e-5, rtol=1e-5)
     assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
     layer = nn.Sequential(nn.Flatten(), lipnet.SandwichLinear(12, 8), lipnet.UnitRowLinear(8, 3)).eval()
-    forward, _ = methods.prepared(layer, (3, 2, 2))
+    forward, _, _ = prepare.prepared(layer, (3, 2, 2), 16)
     assert not any(type(module).__module__.startswith("lipnet") for module in forward.modules())
     torch.testing.assert_close(forward(x[:, :, :2, :2]), layer(x[:, :, :2, :2]), atol=1e-5, rtol=1e-5)
 
@@ -328,7 +330,7 @@ def test_other_engines_run_the_same_function(engine):
         pytest.importorskip("onnx")
     net = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 4)).eval()
     method = Smoothing(Gaussian(0.4), schedule=SHORT, engine=engine, batch=32)
-    forward, done = method.prepared(net, (3, 4, 4))
+    forward, _, done = method.prepared(net, (3, 4, 4))
     x = torch.randn(32, 3, 4, 4)
     torch.testing.assert_close(forward(x), net(x), atol=1e-5, rtol=1e-5)
     assert f"run by {engine}" in done
@@ -342,6 +344,105 @@ def test_an_engine_that_is_missing_or_unknown_is_named():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "openvino", None)
         refused(r"lipnet\[engines\]", lambda: certify.robustness(network(), torch.rand(1, 6), Smoothing(Gaussian(0.4), schedule=SHORT, engine="openvino")))
+
+
+class Shared(nn.Module):
+    """A convolution and a batch normalisation, both used twice: folding one into the other would do it twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 1, bias=False), nn.BatchNorm2d(2)
+        self.second = nn.Conv2d(2, 2, 1, bias=False)
+        with torch.no_grad():
+            self.norm.bias.fill_(-0.4)
+            self.norm.weight.fill_(1.7)
+
+    def forward(self, x):
+        x = self.second(self.norm(self.conv(x)))
+        return self.norm(self.second(x)).mean((2, 3))
+
+
+class Aliased(nn.Module):
+    """Changes in place what it uses again."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)
+
+    def forward(self, x):
+        h = self.norm(self.conv(x))
+        skip = h
+        h -= 2
+        return (h + skip).mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [Shared, Aliased])
+def test_what_is_smoothed_is_the_network_that_was_given(make):
+    net = make().eval()
+    forward, _, _ = prepare.prepared(net, (1, 3, 3), 16)
+    x = torch.randn(40, 1, 3, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(forward(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+class Odd(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.calls = kind, 0
+
+    def forward(self, x):
+        side = x.flatten(1).mean(1)
+        if self.kind == "batch mean":
+            side = side.mean() + 0 * side
+        if self.kind == "chance":
+            side = side + torch.rand(())
+        if self.kind == "count":
+            self.calls += 1
+            side = side + self.calls
+        if self.kind == "place":
+            side = side.cumsum(0)
+        if self.kind == "batch norm":
+            side = nn.functional.batch_norm(side[:, None], None, None, training=True)[:, 0]
+        return torch.stack([side, -side], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"), [("batch mean", "other inputs"), ("batch norm", "other inputs"), ("chance", "called again"), ("count", "called again")]
+)
+def test_what_is_no_function_of_one_input_is_refused(kind, match):
+    refused(match, lambda: certify.robustness(Odd(kind).eval(), torch.rand(2, 6), Smoothing(Gaussian(0.5), schedule=SHORT)))
+
+
+def test_hooks_and_batch_statistics_are_refused():
+    for where in (0, slice(None)):
+        net = network()
+        (net if where else net[1]).register_forward_hook(lambda module, inputs, output: -output)
+        refused("hooks", lambda net=net: certify.robustness(net, torch.rand(2, 6), Smoothing(Gaussian(0.5), schedule=SHORT)))
+    net = nn.Sequential(nn.BatchNorm1d(6, track_running_stats=False), network()).eval()
+    refused("without running statistics", lambda: certify.robustness(net, torch.rand(2, 6), Smoothing(Gaussian(0.5), schedule=SHORT)))
+
+
+def test_logits_of_a_network_with_a_lipschitz_constant_are_those_of_exact_arithmetic():
+    """In float32 the large bias eats the input, and the network looks constant: a radius beyond its boundary at 8.5."""
+    net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[1.0], [-1.0]]))
+        net[0].bias.fill_(2.0**27)
+        net[1].weight.copy_(torch.eye(2))
+        net[1].bias.fill_(-(2.0**27))
+    bound = certify.lipschitz(net, input_shape=(1,))
+    method = Smoothing(Gaussian(0.5), Softmax(16.0), FixedN(100, 10_000, 0.001), lipschitz=bound)
+    certificate = certify.robustness(net, torch.tensor([[8.5]]), method)
+    assert 4 < certificate.radius[0] <= 8.5
+    assert Assumption.REAL_ARITHMETIC in certificate.assumptions
+    assert "Lipschitz constant" in certificate.method
+
+
+def test_float_noise_is_of_the_sigma_that_is_drawn_and_around_the_point_that_is_used():
+    x = np.array([[2.0**30 + 60.0]])
+    placed, apart = Smoothing(Gaussian(0.5), levels=None).place(x)
+    assert apart[0] >= abs(float(placed[0, 0]) - x[0, 0]) > 0
+    assert Smoothing(Gaussian(0.7), levels=None).procedure((1,)).classifier.noise.sigma == float(np.float32(0.7))
 
 
 def refused(match, call):
@@ -366,7 +467,13 @@ def test_bad_questions_are_refused_in_one_sentence():
     refused("for inputs of 5 entries", lambda: certify.robustness(net, x, Smoothing(GaussianLinf(0.5, 5), schedule=SHORT)))
     refused("levels", lambda: Smoothing(Gaussian(0.5), levels=-1))
     refused("seed", lambda: Smoothing(Gaussian(0.5), seed=-1))
-    refused("row", lambda: Smoothing(Gaussian(0.5), batch=0))
+    for batch in (0, -1, 2.5):
+        refused("row", lambda batch=batch: Smoothing(Gaussian(0.5), batch=batch))
+    refused("1048576 rows", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=SHORT, batch=10**12)))
+    refused("vote margin", lambda: Smoothing(Gaussian(0.5), vote_margin=math.nan))
+    refused("temperature", lambda: Smoothing(Gaussian(0.5), Softmax(1e40)))
+    refused("fewer than 2\\^23", lambda: Smoothing(Gaussian(0.5), Softmax(1.0), FixedN(100, 2**23, 0.001)))
+    assert len(certify.robustness(net, x[:0], Smoothing(Gaussian(0.5), schedule=SHORT))) == 0
 
 
 def test_the_method_prints_all_that_its_numbers_depend_on():

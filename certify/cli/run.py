@@ -136,7 +136,7 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
     from certify.errors import CertifyError
     from certify.smoothing import FixedN, Gaussian, GaussianLinf, GroupSequential, Hardmax, Softmax
-    from certify.smoothing.method import Smoothing, count_classes
+    from certify.smoothing.method import Smoothing
     from certify.smoothing.rows import facts, rows
     from certify.smoothing.schedule import doubling
 
@@ -157,8 +157,7 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
         seed=args.seed,
         engine=args.engine,
     )
-    forward, done = method.prepared(model.net, model.shape)
-    classes = count_classes(forward, model.shape, method.rows(model.shape))
+    forward, classes, done = method.prepared(model.net, model.shape)
     procedure = method.procedure(model.shape)
     procedure.start(classes)
     about = {**facts(method, procedure, done, classes), "dtype": "weights as stored, evaluated in float32"}

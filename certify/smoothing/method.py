@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import lipnet
 from certify.bound import Array, Assumption, Bound
 from certify.certificate import Certificate
 from certify.errors import CertifyError, StaleBound
@@ -20,12 +17,13 @@ from certify.graph import Graph
 from certify.margins import RobustnessMethod
 from certify.registry import Shape
 from certify.smoothing.bounds import ClopperPearson, ConfidenceBound, EmpiricalBernstein
-from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier
+from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier, Softmax
 from certify.smoothing.engine import Done, Engine, Forward, Source
-from certify.smoothing.engines import compiled
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
+from certify.smoothing.noise import counts as counting
 from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.noises import Gaussian, GaussianLinf, Noise
+from certify.smoothing.prepare import prepared
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
 
 
@@ -57,19 +55,26 @@ class Smoothing(RobustnessMethod):
     def __post_init__(self) -> None:
         if not isinstance(self.noise, Gaussian | GaussianLinf):
             raise CertifyError(f"copies are drawn with Gaussian noise so far, got {self.noise!r}; its radius can be had from counts of your own (Procedure)")
-        if (self.batch is not None and self.batch < 1) or self.vote_margin < 0:
-            raise CertifyError(f"a batch has at least one row and a vote margin is not negative, got batch={self.batch} and vote_margin={self.vote_margin}")
+        if self.batch is not None and (self.batch != int(self.batch) or self.batch < 1):
+            raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
+        soft = self.scores.temperature if isinstance(self.scores, Softmax) else None
+        counting.check(2, (1, 3), (None, None), self.vote_margin, soft or 1.0)
+        if soft is not None and self.schedule.sizes[-1] >= 2**23:
+            raise CertifyError(f"sums of soft scores are exact for fewer than 2^23 copies, got {self.schedule.sizes[-1]}; take fewer, or votes")
         _ = self.copies, self._classifier  # refuse seeds, levels and sigmas that cannot be drawn, and constants that are not proved
 
     @property
     def copies(self) -> Grid | Gauss:
         """What is added to the inputs."""
         sigma = self.noise.sigma  # type: ignore[attr-defined]
-        return Gauss(sigma, self.seed) if self.levels is None else Grid(sigma, self.seed, self.levels)
+        if self.levels is None:
+            return Gauss(sigma, self.seed)
+        return Grid(sigma, self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,))
 
     @property
     def _classifier(self) -> SmoothedClassifier:
-        return SmoothedClassifier(self.noise, self.scores, self.lipschitz)
+        noise = self.noise if self.levels is not None else dataclasses.replace(self.noise, sigma=float(np.float32(self.noise.sigma)))  # type: ignore
+        return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
     def rows(self, shape: Shape) -> int:
         """Of a batch of inputs of this shape: a power of two from 32 to 4096, unless given."""
@@ -86,13 +91,14 @@ class Smoothing(RobustnessMethod):
     def _distance(self, elements: int) -> float:
         """How far p_A and p_B of the copies may be from those of the classifier that the radius is of.
 
-        The law of the grid is that far from the Gaussian. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within 2 / UNIT of
-        them, for they are in fixed point, and within `L sqrt(elements) / (2 levels)`, for a grid moves every entry by half a step at most.
+        The law of the grid is that far from the Gaussian. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within 4 / UNIT of
+        them, for they are in fixed point (2 / UNIT) and made of rounded logits, and within `L sqrt(elements) / (2 levels)`, for a grid moves every entry by
+        half a step at most.
         """
         distance = 0.0 if self.levels is None else total_variation(self.noise.sigma, elements, self.levels)  # type: ignore[attr-defined]
         if self.lipschitz is not None:
             slope = self.scores.lipschitz(self.lipschitz).value
-            distance += (2 / UNIT + (0.0 if self.levels is None else slope * math.sqrt(elements) / (2 * self.levels))) * (1 + 1e-12)
+            distance += (4 / UNIT + (0.0 if self.levels is None else slope * math.sqrt(elements) / (2 * self.levels))) * (1 + 1e-12)
         return distance if distance == 0 else math.nextafter(distance, math.inf)
 
     @property
@@ -103,13 +109,17 @@ class Smoothing(RobustnessMethod):
     @property
     def assumptions(self) -> frozenset[Assumption]:
         """What the certificates take for granted."""
-        return frozenset({Assumption.RANDOM_BITS, Assumption.EVAL_MODE, *(() if self.levels else (Assumption.FLOAT_NOISE,))})
+        always = {Assumption.RANDOM_BITS, Assumption.EVAL_MODE, Assumption.ROW_BY_ROW}
+        of_bound = frozenset() if self.lipschitz is None else self.lipschitz.assumptions
+        return frozenset(always) | of_bound | (frozenset() if self.levels else {Assumption.FLOAT_NOISE})
 
     def place(self, inputs: Array) -> tuple[Tensor, Array]:  # (N, *shape) -> channels last, and (N,)
         """The inputs as copies are made of them, and what is to be taken from each radius."""
         last = np.moveaxis(inputs, 1, -1) if inputs.ndim == 4 else inputs
         if self.levels is None:
-            return torch.from_numpy(np.ascontiguousarray(last, dtype=np.float32)), np.zeros(len(inputs))
+            narrow = np.ascontiguousarray(last, dtype=np.float32)
+            lost = np.abs(np.asarray(last, dtype=np.float64) - narrow).reshape(len(last), math.prod(last.shape[1:]))
+            return torch.from_numpy(narrow), np.sqrt((lost * lost).sum(axis=1)) * (1 + 1e-9)
         whole, apart = to_grid(last, self.levels)  # in l2, which the maximum norm is not above
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
@@ -125,18 +135,36 @@ class Smoothing(RobustnessMethod):
         source = _Copies(self.copies, shape, slots, batch, device)
         yield from Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device).run(inputs)
 
-    def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, tuple[str, ...]]:
-        """The function that is smoothed, as the engine runs it, and what was done to the network for it (see `prepared`)."""
-        plain, done = prepared(net, shape)
-        return compiled(plain, shape, self.rows(shape), self.engine), (*done, f"run by {self.engine}")
+    def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, int, tuple[str, ...]]:
+        """The function that is smoothed, as the engine runs it, its number of classes, and what was done to the network for it (see `prepare`).
+
+        With a Lipschitz constant it is the very network of the bound, evaluated in float64: its logits are those of exact arithmetic but for 1e-13 of their
+        size, which `_distance` has room for.
+        """
+        device = next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
+        if self.lipschitz is None:
+            return prepared(net, shape, self.rows(shape), self.engine, device)
+        graph = Graph.of(net, shape)
+        if self.lipschitz.evidence.get("network") != graph.digest:
+            raise StaleBound(str(self.lipschitz.evidence.get("network")), graph.digest)
+        if self.engine != "torch" or device.type != "cpu":
+            raise CertifyError(f"with a Lipschitz constant the network is evaluated in float64 by torch on the CPU, got {self.engine} on {device.type}")
+        double, levels = graph.double, self.levels or 1
+
+        def forward(x: Tensor) -> Tensor:
+            """The copies are whole numbers here. Logits are taken from the largest, so that nothing is lost when they become float32."""
+            logits = double(x.double() / levels)
+            return logits - logits.amax(1, keepdim=True)
+
+        _, classes, _ = prepared(net, shape, self.rows(shape))
+        return forward, classes, ("weights as numbers", "evaluated in float64")
 
     def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:
         shape = tuple(inputs.shape[1:])
-        if self.lipschitz is not None and self.lipschitz.evidence.get("network") != (digest := Graph.of(net, shape).digest):
-            raise StaleBound(str(self.lipschitz.evidence.get("network")), digest)
+        if 0 in shape:
+            raise CertifyError(f"inputs of shape {shape} are empty")
         device = next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
-        forward, _ = self.prepared(net, shape)
-        classes = count_classes(forward, shape, self.rows(shape), device)
+        forward, classes, done_to = self.prepared(net, shape)
         placed, apart = self.place(inputs.detach().cpu().numpy())
         count = len(inputs)
         prediction, radius = np.full(count, -1, dtype=np.int64), np.zeros(count)
@@ -154,7 +182,7 @@ class Smoothing(RobustnessMethod):
             abstained=prediction < 0,
             radius=radius,
             norm=self.norm,
-            method=repr(self),
+            method=f"{self!r}: {', '.join(done_to)}{'' if self.lipschitz is None else f', Lipschitz constant {self.lipschitz.value!r}'}",
             failure=self.schedule.alpha,
             assumptions=self.assumptions,
             seed=self.seed,
@@ -166,49 +194,6 @@ def certified_radius(outcome: Outcome, apart: float) -> float:
     if outcome.status is Status.ABSTAINED or not outcome.radius > apart:
         return 0.0
     return outcome.radius if apart == 0 else float(np.nextafter(outcome.radius - apart, 0.0))
-
-
-def prepared(net: nn.Module, shape: Shape) -> tuple[nn.Module, tuple[str, ...]]:
-    """The function that is smoothed, and what was done to the network for it: its weights as numbers, batch normalisation folded into convolutions, channels
-    last. Raises CertifyError for a module in training mode, which looks at other inputs of a batch or draws at random.
-    """
-    training = next((name or type(net).__name__ for name, module in net.named_modules() if module.training), None)
-    if training is not None:
-        raise CertifyError(f"the network is in training mode (at {training}), where an output may depend on the other inputs of a batch; call net.eval() first")
-    done = ["weights as numbers"]
-    try:
-        plain = lipnet.freeze(net)
-    except Exception:  # a forward that torch.fx cannot trace: it is run as it is
-        plain, done = copy.deepcopy(net), []
-    if any(isinstance(module, nn.BatchNorm2d) for module in plain.modules()):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                from torch.fx.experimental.optimization import fuse
-
-                plain = fuse(plain)
-            done.append("batch normalisation folded into convolutions")
-        except Exception:  # not traceable, or built otherwise: as it is
-            pass
-    if len(shape) == 3:
-        plain = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        done.append("channels last")
-    return plain.eval().requires_grad_(False), tuple(done)
-
-
-@torch.no_grad()
-def count_classes(forward: Forward, shape: Shape, batch: int, device: torch.device | None = None) -> int:
-    """How many the network has. Raises CertifyError where it is no classifier of such inputs."""
-    x = torch.zeros(batch, *shape, device=device)
-    try:
-        logits = forward(x)
-    except Exception as error:  # torch raises many kinds here
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CertifyError(f"the network does not take {batch} inputs of shape {shape} in float32: {line}") from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != batch or logits.shape[1] < 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise CertifyError(f"a classifier returns (batch, classes) with at least two classes, this network returns {found} for {batch} inputs")
-    return int(logits.shape[1])
 
 
 class _Copies(Source):

@@ -12,6 +12,7 @@ the four. Bit 31 of the last counter word asks for the 32 lower bits of a 64-bit
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -235,5 +236,5 @@ def to_grid(inputs: ArrayLike, levels: int = 255) -> tuple[Integers, NDArray[np.
     nearest = np.rint(x * levels)
     # x levels, X / levels and their difference have errors below 2^-52 (|x| + 1/levels) each
     apart = np.abs(x - nearest / levels) + (np.abs(x) + 1 / levels) * 2.0**-51
-    distance = np.sqrt(np.sum(apart.reshape(len(x), -1) ** 2, axis=1)) * (1 + 1e-9)
+    distance = np.sqrt(np.sum(apart.reshape(len(x), math.prod(x.shape[1:])) ** 2, axis=1)) * (1 + 1e-9)
     return nearest.astype(np.int32), distance

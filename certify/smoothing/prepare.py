@@ -1,0 +1,141 @@
+"""From a network to the function that is smoothed: weights as numbers, batch normalisation folded, run by an engine, and tried against the network itself."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import lipnet
+from certify.errors import CertifyError
+from certify.registry import Shape
+from certify.smoothing.engine import Forward
+from certify.smoothing.engines import compiled
+
+_CLOSE = 1e-4  # of the largest logit: more than rounding does, less than another network does
+_MOST_ROWS = 1 << 20
+
+
+def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None) -> tuple[Forward, int, tuple[str, ...]]:
+    """The function that is smoothed, its number of classes, and what was done to the network for it.
+
+    Each step is kept only if outputs stay those of the network on random batches. Raises CertifyError for a network that is no classifier of such inputs, is in
+    training mode, has hooks or batch statistics, gives other outputs when it is called again, or outputs that depend on the other rows of a batch: this is
+    tried on some batches, as it cannot be proved of every forward (the assumption ROW_BY_ROW).
+    """
+    _refuse(net)
+    if not 1 <= batch <= _MOST_ROWS:
+        raise CertifyError(f"a batch has from 1 to {_MOST_ROWS} rows, got {batch}")
+    device = device or torch.device("cpu")
+    batches = _batches(shape, batch, device)
+    own = copy.deepcopy(net).eval().requires_grad_(False)
+    expected = [_logits(own, x, shape) for x in batches]
+    classes = expected[0].shape[1]
+    _check_rows(own, batches[0], expected[0])
+    found: nn.Module = own
+    done: list[str] = []
+    for step, name in ((lipnet.freeze, "weights as numbers"), (_folded, "batch normalisation folded into convolutions"), (_channels_last, "channels last")):
+        changed = _attempt(step, found, shape)
+        if changed is not None and _same(changed, batches, expected):
+            found, done = changed, [*done, name]
+    if engine == "torch":
+        return found, classes, (*done, "run by torch")
+    run = compiled(found, shape, batch, engine)
+    if not _same(run, batches, expected):
+        raise CertifyError(f"{engine} gives other outputs than the network itself; use the engine torch")
+    _check_rows(run, batches[0], _logits(run, batches[0], shape))
+    return run, classes, (*done, f"run by {engine}")
+
+
+def _refuse(net: nn.Module) -> None:
+    """Modules whose output is not a function of one input alone, as far as they say so themselves."""
+    for path, module in net.named_modules():
+        where = path or type(net).__name__
+        if module.training:
+            raise CertifyError(
+                f"the network is in training mode (at {where}), where an output may depend on the other inputs of a batch; call net.eval() first"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise CertifyError(f"the network has forward hooks (at {where}), which may change its output; remove them, or put them into a forward")
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+            raise CertifyError(
+                f"the network has a batch normalisation without running statistics (at {where}), so an output depends on the other inputs of a batch"
+            )
+
+
+@torch.no_grad()
+def _batches(shape: Shape, batch: int, device: torch.device) -> list[Tensor]:
+    """Inputs of several sizes, in the layout of the engine."""
+    generator = torch.Generator().manual_seed(0)
+    plain = [torch.rand(batch, *shape, generator=generator), 2 * torch.randn(batch, *shape, generator=generator)]
+    return [(x.contiguous(memory_format=torch.channels_last) if len(shape) == 3 else x).to(device) for x in plain]
+
+
+@torch.no_grad()
+def _logits(forward: Forward, x: Tensor, shape: Shape) -> Tensor:
+    """What the network says of a batch. Raises CertifyError where it is no classifier of such inputs."""
+    try:
+        logits = forward(x.clone())
+    except Exception as error:  # torch raises many kinds here
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in float32: {line}") from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise CertifyError(f"a classifier returns (batch, classes) with at least two classes, this network returns {found} for {len(x)} inputs")
+    return logits
+
+
+@torch.no_grad()
+def _check_rows(forward: Forward, x: Tensor, expected: Tensor) -> None:
+    """The same again, and with other rows beside them: other data, another order, and NaN, as in padding."""
+    if not torch.equal(forward(x.clone()).nan_to_num(), expected.nan_to_num()):
+        raise CertifyError("the network gives other outputs when it is called again (random numbers, or a state that moves); make it a function of its input")
+    half = len(x) // 2
+    if half == 0:
+        return
+    for others in (x[half:].flip(0), 3 * x[half:] - 1, torch.full_like(x[half:], torch.nan)):
+        try:
+            found = forward(torch.cat([x[:half], others]))
+        except Exception as error:
+            line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CertifyError(f"the network fails on a batch in which some rows are NaN, as padding is ({line}); let it pass them on") from error
+        if not _close(found[:half], expected[:half]):
+            raise CertifyError("the network's output for an input depends on the other inputs of its batch; certificates are of functions of one input")
+
+
+@torch.no_grad()
+def _same(forward: Forward, batches: list[Tensor], expected: list[Tensor]) -> bool:
+    try:
+        return all(_close(forward(x.clone()), logits) for x, logits in zip(batches, expected, strict=True))
+    except Exception:  # a step that broke the network is not taken
+        return False
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    size = expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=_CLOSE * size, equal_nan=True)
+
+
+def _attempt(step: Callable[[nn.Module], nn.Module], net: nn.Module, shape: Shape) -> nn.Module | None:
+    """The network after a step, or None where the step does not apply."""
+    if (step is _folded and not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())) or (step is _channels_last and len(shape) != 3):
+        return None
+    try:
+        return step(copy.deepcopy(net)).eval().requires_grad_(False)
+    except Exception:  # a forward that torch.fx cannot trace
+        return None
+
+
+def _folded(net: nn.Module) -> nn.Module:
+    from torch.fx.experimental.optimization import fuse
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return fuse(net)
+
+
+def _channels_last(net: nn.Module) -> nn.Module:
+    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
