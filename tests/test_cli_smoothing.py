@@ -603,3 +603,14 @@ def test_inspect_says_that_smoothing_applies_where_no_rule_does(tmp_path, capsys
     shown = capsys.readouterr().out
     assert "certifier margin: does not apply" in shown
     assert "certifier smoothing: applies; about " in shown
+
+
+def test_another_forward_with_the_same_numbers_is_another_model(tmp_path, capsys):
+    for sign in ("+", "-"):
+        code = f"from torch import nn\nclass N(nn.Module):\n    def forward(self, x): return {sign}x[:, :10]\ndef make(): return N()\n"
+        (tmp_path / f"nets{sign == '+'}.py").write_text(code)
+    command = ["digits", "--input-shape", "64", "-o", str(tmp_path / "a"), *SETTING, "--n", "400", "--limit", "4"]
+    assert main(["run", f"{tmp_path}/netsTrue.py:make", *command]) == 0
+    capsys.readouterr()
+    assert main(["run", f"{tmp_path}/netsFalse.py:make", *command]) == 2
+    one_sentence(capsys, "started with model")

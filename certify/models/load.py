@@ -32,7 +32,7 @@ class Model:
 
     spec: str
     net: nn.Module
-    sha256: str  # of the file, or of the numbers that a factory returned
+    sha256: str  # of the file, or of a factory's file and the numbers that it returned
     input_shape: Shape | None  # of one input, without the batch
     input_range: tuple[float, float] | None = None
     classes: tuple[str, ...] | None = None
@@ -54,8 +54,8 @@ def load(spec: str, input_shape: Shape | None = None) -> Model:
     """The model of a spec. `input_shape` is for models that do not carry their own. Raises ModelError or lipnet.CheckpointError with one sentence."""
     path = pathlib.Path(spec).expanduser()
     if ":" in spec and not path.exists():
-        net = _from_factory(spec)
-        return Model(spec, net, _digest(net), input_shape)
+        net, source = _from_factory(spec)
+        return Model(spec, net, _digest(net, source), input_shape)
     if path.suffix == ".safetensors":
         checkpoint = lipnet.open_checkpoint(path)
         if input_shape is not None and checkpoint.input_shape not in (None, input_shape):
@@ -70,17 +70,17 @@ def load(spec: str, input_shape: Shape | None = None) -> Model:
     raise ModelError(f"{spec}: {found}; a model is one of {FORMS}")
 
 
-def _from_factory(spec: str) -> nn.Module:
-    """What `module:factory` or `file.py:factory` returns. The user has named the code to run."""
+def _from_factory(spec: str) -> tuple[nn.Module, bytes]:
+    """What `module:factory` or `file.py:factory` returns, and the file it comes from. The user has named the code to run."""
     place, _, name = spec.rpartition(":")
-    factory = _attribute(spec, place, name)
+    factory, source = _attribute(spec, place, name)
     net = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
     if not isinstance(net, nn.Module):
         raise ModelError(f"{spec}: the factory returned {type(net).__name__}, not a torch module; return the network, in eval mode")
-    return net.cpu().eval()
+    return net.cpu().eval(), source
 
 
-def _attribute(spec: str, place: str, name: str) -> Callable[[], Any] | nn.Module:
+def _attribute(spec: str, place: str, name: str) -> tuple[Callable[[], Any] | nn.Module, bytes]:
     try:
         module = _import_file(pathlib.Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     except (ImportError, OSError, ValueError) as error:
@@ -88,7 +88,8 @@ def _attribute(spec: str, place: str, name: str) -> Callable[[], Any] | nn.Modul
     if not hasattr(module, name):
         raise ModelError(f"{spec}: {place!r} has no {name!r}; name a function of it that returns the network")
     found: Callable[[], Any] | nn.Module = getattr(module, name)
-    return found
+    file = getattr(module, "__file__", None)
+    return found, pathlib.Path(file).read_bytes() if file else b""
 
 
 def _import_file(path: pathlib.Path) -> Any:
@@ -101,7 +102,9 @@ def _import_file(path: pathlib.Path) -> Any:
     return module
 
 
-def _digest(net: nn.Module) -> str:
+def _digest(net: nn.Module, source: bytes) -> str:
+    """Of the numbers and of the file that makes the network: two forwards may have the same numbers."""
     hasher = hashlib.sha256(repr(net).encode())
+    hasher.update(hashlib.sha256(source).digest())
     hash_tensors(hasher, net.state_dict())
     return hasher.hexdigest()
