@@ -3,7 +3,7 @@
 A row is one noisy copy of one input. Each input takes its copies in the order of their numbers, first those that choose its class and then those of look
 after look, and every stretch between two looks has counts of its own: the counts at a look are exact although later copies may be under way already, and
 copies that turn out to be too many are dropped. So what is counted for an input depends on the seed, its number and the network alone, not on what else is in
-a batch; the batch has one shape throughout, its last rows being padding where nothing is left to do.
+a batch; the batch has one shape throughout (in one of another shape logits may differ in their last bits), its last rows being padding where nothing is left.
 """
 
 from __future__ import annotations

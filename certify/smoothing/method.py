@@ -34,7 +34,8 @@ class Smoothing(RobustnessMethod):
     Each certificate fails with probability at most `schedule.alpha`, over the noise that was drawn. It says that g does not change in the open ball; it says
     nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is Gaussian to within a total variation that is taken from
     p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they are, and the
-    certificate takes for granted that it is Gaussian. Noise depends on `seed`, the number of the input and the number of the copy alone.
+    certificate takes for granted that it is Gaussian. Noise depends on `seed`, the number of the input and the number of the copy alone:
+    inputs are numbered from 0 in every call, so all certificates of two calls hold, but they are not independent.
 
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
     """
