@@ -19,6 +19,7 @@ import certify.results
 import lipnet
 from certify import data
 from certify.cli import main
+from certify.smoothing.engine import Engine
 
 SETTING = ("--method", "smoothing", "--sigma", "0.25", "--levels", "16", "--seed", "3", "--batch", "256", "--quiet")
 LONG = ("--n", "4000", "--limit", "40")
@@ -80,6 +81,12 @@ def started(*arguments, before=lambda: None):
         finally:
             os._exit(code)
     return process
+
+
+def slowly():
+    """In this process every batch takes 20 ms longer, so that there is time to stop it."""
+    count = Engine._count
+    Engine._count = lambda self, *batch: (time.sleep(0.02), count(self, *batch))[1]
 
 
 def ended(process):
@@ -159,7 +166,7 @@ def test_a_run_that_left_a_torn_line_is_resumed(model, whole, tmp_path):
 def test_killed_processes_lose_nothing(model, whole, tmp_path, first, then):
     out = tmp_path / "a"
     command = ["run", model, "digits", "-o", str(out), *SETTING, *LONG]
-    assert stopped([started(*command, "--shard", f"{i}/{first}") for i in range(first)], out, signal.SIGKILL).count(-signal.SIGKILL) > 0
+    assert stopped([started(*command, "--shard", f"{i}/{first}", before=slowly) for i in range(first)], out, signal.SIGKILL).count(-signal.SIGKILL) > 0
     kept = whole_rows(out)
     assert 0 < kept < 40
     assert [ended(process) for process in [started(*command, "--shard", f"{i}/{then}") for i in range(then)]] == [0] * then
@@ -169,7 +176,7 @@ def test_killed_processes_lose_nothing(model, whole, tmp_path, first, then):
 
 def test_an_interrupt_leaves_whole_rows(model, whole, tmp_path, capfd):
     out = tmp_path / "a"
-    process = started("run", model, "digits", "-o", str(out), *SETTING, *LONG)
+    process = started("run", model, "digits", "-o", str(out), *SETTING, *LONG, before=slowly)
     assert stopped([process], out, signal.SIGINT) == [130]
     assert "repeat the command" in capfd.readouterr().err
     (part,) = out.glob("part-*")
