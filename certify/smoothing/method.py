@@ -56,7 +56,7 @@ class Smoothing(RobustnessMethod):
     def __post_init__(self) -> None:
         if not isinstance(self.noise, Gaussian | GaussianLinf):
             raise CertifyError(f"copies are drawn with Gaussian noise so far, got {self.noise!r}; its radius can be had from counts of your own (Procedure)")
-        if self.batch is not None and (self.batch != int(self.batch) or self.batch < 1):
+        if self.batch is not None and not (isinstance(self.batch, int) and self.batch >= 1):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
         soft = self.scores.temperature if isinstance(self.scores, Softmax) else None
         counting.check(2, (1, 3), (None, None), self.vote_margin, soft or 1.0)
@@ -79,7 +79,7 @@ class Smoothing(RobustnessMethod):
 
     def rows(self, shape: Shape) -> int:
         """Of a batch of inputs of this shape: a power of two from 32 to 4096, unless given."""
-        return self.batch or min(max(1 << (2**18 // math.prod(shape)).bit_length() - 1, 32) if math.prod(shape) <= 2**18 else 32, 4096)
+        return self.batch or min(max(1 << (2**18 // math.prod(shape)).bit_length() >> 1, 32), 4096)
 
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""
