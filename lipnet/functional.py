@@ -6,6 +6,7 @@ guarantee of a map (orthonormal rows, norm at most 1) is lost in half precision.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -259,7 +260,11 @@ def max_min(x: Tensor, dim: int = 1, pairing: str = "neighbours") -> Tensor:
     sizes, axis = ((-1, 2), outer + 1) if pairing == "neighbours" else ((2, -1), outer)
     pairs = x.unflatten(dim, sizes)
     if isinstance(x, Tensor) and not _traced():
-        return _MaxMin.apply(pairs, axis - pairs.dim() if axis >= 0 else axis).flatten(outer, outer + 1)
+        axis = axis - pairs.dim() if axis >= 0 else axis
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            with contextlib.suppress(RuntimeError):  # transforms of torch.func do not write into a place, and say so
+                return _MaxMin.forward(pairs, axis).flatten(outer, outer + 1)
+        return _MaxMin.apply(pairs, axis).flatten(outer, outer + 1)
     a, b = pairs.select(axis, 0), pairs.select(axis, 1)  # the same in plain operators, to be traced
     return torch.stack([torch.maximum(a, b), torch.minimum(a, b)], axis).flatten(outer, outer + 1)
 
