@@ -76,6 +76,7 @@ def started(*arguments, before=lambda: None):
     if process == 0:
         code = 70
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts something in the background has it ignored
             before()
             code = main(list(arguments))
         finally:
