@@ -59,6 +59,19 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be a positive whole number, got {size!r}")
 
 
+def rank_of(
+    given: int | None,
+    size: int,
+    what: str,  # that the size is, for the message
+) -> int:
+    """The rank of a block reflector: half of the size unless another is given, and not above it."""
+    rank = max(size // 2, 1) if given is None else given
+    check_sizes(rank=rank)
+    if rank > size:
+        raise ValueError(f"rank must be at most {what} = {size}, got {rank}")
+    return rank
+
+
 def same_conv(
     x: Tensor,  # (batch, in, height, width)
     kernel: Tensor,  # (out, in, size, size), size odd

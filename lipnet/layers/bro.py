@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lipnet import functional
 from lipnet.contractions import BCOP
-from lipnet.layers.base import Layer, OneKernelLayer, check_sizes, linear
+from lipnet.layers.base import Layer, OneKernelLayer, check_sizes, linear, rank_of
 
 
 class BROLinear(Layer):
@@ -21,10 +21,8 @@ class BROLinear(Layer):
     def __init__(self, in_features: int, out_features: int, rank: int | None = None, bias: bool = True) -> None:
         super().__init__()
         size = max(in_features, out_features)
-        rank = max(size // 2, 1) if rank is None else rank
-        check_sizes(in_features=in_features, out_features=out_features, rank=rank)
-        if rank > size:
-            raise ValueError(f"rank must be at most max(in_features, out_features) = {size}, got {rank}")
+        check_sizes(in_features=in_features, out_features=out_features)
+        rank = rank_of(rank, size, "max(in_features, out_features)")
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.vectors = nn.Parameter(torch.eye(size, rank) + 0.05 * torch.randn(size, rank) / size**0.5)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -65,10 +63,7 @@ class BROConv2d(OneKernelLayer):
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding_mode)
         self._size = max(in_channels * stride**2, out_channels)
-        self.rank = max(self._size // 2, 1) if rank is None else rank
-        check_sizes(rank=self.rank)
-        if self.rank > self._size:
-            raise ValueError(f"rank must be at most max(in_channels * stride^2, out_channels) = {self._size}, got {self.rank}")
+        self.rank = rank_of(rank, self._size, "max(in_channels * stride^2, out_channels)")
         self._taps = (kernel_size + 1) // 2
         free = BCOP().initial_kernel(self._size, self.rank, self._taps)
         free[:, : self.rank] = torch.eye(self._size, self.rank) + 0.01 * torch.randn(self._size, self.rank)

@@ -7,12 +7,12 @@ import copy
 import math
 from collections.abc import Sequence
 
-import torch
+import torch.fx
 from torch import Tensor, nn
 
 from lipnet import functional
 from lipnet.contractions import BCOP, Cayley, Contraction
-from lipnet.layers.base import KernelLayer, activation_of, check_sizes, contraction_of, unshuffled
+from lipnet.layers.base import KernelLayer, activation_of, check_sizes, contraction_of, rank_of, unshuffled
 
 
 class FourierLayer(KernelLayer, abc.ABC):
@@ -31,7 +31,8 @@ class FourierLayer(KernelLayer, abc.ABC):
             raise ValueError(f"image_size must be divisible by the stride {stride}, and hold {kernel_size} taps after it, got {height} x {width}")
         self.image_size = (height, width)
         margin = 2 * (kernel_size // 2) if padding_mode == "zeros" else 0
-        self._torus = (height // stride + margin, width // stride + margin)
+        self._size = (height // stride, width // stride)
+        self._torus = (self._size[0] + margin, self._size[1] + margin)
 
     @property
     def _columns(self) -> int:
@@ -45,9 +46,6 @@ class FourierLayer(KernelLayer, abc.ABC):
     @abc.abstractmethod
     def _steps(self) -> tuple[nn.Module, ...]:
         """What the forward does after the rearrangement, with the spectra as numbers."""
-
-    def _cut(self, x: Tensor) -> Tensor:
-        return x[:, :, : self.image_size[0] // self.stride, : self.image_size[1] // self.stride]
 
     def _checked(self, x: Tensor) -> Tensor:
         """The rearranged input, in the precision of the weights."""
@@ -64,11 +62,12 @@ def on_torus(
     spectrum: Tensor,  # (frequencies, out, in, 2)
     bias: Tensor | None,  # (out,)
     torus: tuple[int, int],
-) -> Tensor:  # (batch, out, *torus)
-    """The image, continued by zeros, convolved on the torus."""
+    size: tuple[int, int],  # not larger either
+) -> Tensor:  # (batch, out, *size)
+    """The image, continued by zeros, convolved on the torus, and a corner of the result."""
     waves = torch.fft.rfft2(x, s=torus).flatten(2).permute(2, 1, 0)  # (frequencies, in, batch)
     mixed = (torch.view_as_complex(spectrum) @ waves).permute(2, 1, 0)
-    image = torch.fft.irfft2(mixed.unflatten(2, (torus[0], torus[1] // 2 + 1)), s=torus)
+    image = torch.fft.irfft2(mixed.unflatten(2, (torus[0], torus[1] // 2 + 1)), s=torus)[:, :, : size[0], : size[1]]
     return image if bias is None else image + bias[:, None, None]
 
 
@@ -93,10 +92,7 @@ class FourierBROConv2d(FourierLayer):
     ) -> None:
         super().__init__(in_channels, out_channels, image_size, kernel_size, stride, padding_mode)
         size = max(self._columns, out_channels)
-        self.rank = max(size // 2, 1) if rank is None else rank
-        check_sizes(rank=self.rank)
-        if self.rank > size:
-            raise ValueError(f"rank must be at most max(in_channels * stride^2, out_channels) = {size}, got {self.rank}")
+        self.rank = rank_of(rank, size, "max(in_channels * stride^2, out_channels)")
         free = 0.1 * torch.randn(size, self.rank, kernel_size, kernel_size) / (size**0.5 * kernel_size)
         free[:, :, kernel_size // 2, kernel_size // 2] += torch.eye(size, self.rank)  # close to a change of some signs
         self.free = nn.Parameter(free)
@@ -110,10 +106,10 @@ class FourierBROConv2d(FourierLayer):
     def forward(self, x: Tensor) -> Tensor:
         (weight,), x = self.spectra(), self._checked(x)
         with torch.autocast(x.device.type, enabled=False):
-            return self._cut(on_torus(x, weight, self.bias, self._torus))
+            return on_torus(x, weight, self.bias, self._torus, self._size)
 
     def _steps(self) -> tuple[nn.Module, ...]:
-        return (_on_torus(self.spectra()[0], self.bias, self._torus), _cut(self))
+        return (_on_torus(self.spectra()[0], self.bias, self._torus, self._size),)
 
     def extra_repr(self) -> str:
         return self._shown(image_size=self.image_size, rank=self.rank)
@@ -164,12 +160,13 @@ class FourierSandwichConv2d(FourierLayer):
     def forward(self, x: Tensor) -> Tensor:
         (inner, outer), x = self.spectra(), self._checked(x)
         with torch.autocast(x.device.type, enabled=False):
-            hidden = self.activation(on_torus(x, inner, self.bias, self._torus))
-            return self._cut(on_torus(hidden, outer, None, self._torus))
+            hidden = self.activation(on_torus(x, inner, self.bias, self._torus, self._torus))
+            return on_torus(hidden, outer, None, self._torus, self._size)
 
     def _steps(self) -> tuple[nn.Module, ...]:
         inner, outer = self.spectra()
-        return _on_torus(inner, self.bias, self._torus), copy.deepcopy(self.activation), _on_torus(outer, None, self._torus), _cut(self)
+        first, last = _on_torus(inner, self.bias, self._torus, self._torus), _on_torus(outer, None, self._torus, self._size)
+        return first, copy.deepcopy(self.activation), last
 
     def extra_repr(self) -> str:
         return self._shown(image_size=self.image_size, orthonormalizer=self.orthonormalizer)
@@ -178,30 +175,15 @@ class FourierSandwichConv2d(FourierLayer):
 class _OnTorus(nn.Module):
     """`on_torus` with its numbers stored; only ever traced."""
 
-    def __init__(self, spectrum: Tensor, bias: Tensor | None, torus: tuple[int, int]) -> None:
+    def __init__(self, spectrum: Tensor, bias: Tensor | None, torus: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
         self.spectrum = nn.Parameter(spectrum.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-        self.torus = torus
+        self.torus, self.size = torus, size
 
     def forward(self, x: Tensor) -> Tensor:
-        return on_torus(x, self.spectrum, self.bias, self.torus)
+        return on_torus(x, self.spectrum, self.bias, self.torus, self.size)
 
 
-class _Cut(nn.Module):
-    """The corner of an image; only ever traced."""
-
-    def __init__(self, height: int, width: int) -> None:
-        super().__init__()
-        self.height, self.width = height, width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x[:, :, : self.height, : self.width]
-
-
-def _on_torus(spectrum: Tensor, bias: Tensor | None, torus: tuple[int, int]) -> nn.Module:
-    return torch.fx.symbolic_trace(_OnTorus(spectrum, bias, torus))
-
-
-def _cut(layer: FourierLayer) -> nn.Module:
-    return torch.fx.symbolic_trace(_Cut(layer.image_size[0] // layer.stride, layer.image_size[1] // layer.stride))
+def _on_torus(spectrum: Tensor, bias: Tensor | None, torus: tuple[int, int], size: tuple[int, int]) -> nn.Module:
+    return torch.fx.symbolic_trace(_OnTorus(spectrum, bias, torus, size))
