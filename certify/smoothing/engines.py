@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import CertifyError
+from lipnet.checkpoint import first_line
 
 ENGINES = ("torch", "compile", "onnxruntime", "openvino")
 
@@ -40,8 +41,7 @@ def compiled(
     except ImportError as error:
         raise CertifyError(f"{engine} is not installed ({error}); install it with: pip install 'lipnet[engines]', or use the engine torch") from error
     except Exception as error:  # exporters and compilers raise many kinds
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CertifyError(f"{engine} cannot run this network ({line}); use the engine torch") from error
+        raise CertifyError(f"{engine} cannot run this network ({first_line(error)}); use the engine torch") from error
 
 
 def _compile(net: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:

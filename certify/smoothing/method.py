@@ -23,7 +23,7 @@ from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_vari
 from certify.smoothing.noise import counts as counting
 from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.noises import Gaussian, GaussianLinf, Noise
-from certify.smoothing.prepare import prepared
+from certify.smoothing.prepare import prepared, tried
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
 
 
@@ -142,7 +142,7 @@ class Smoothing(RobustnessMethod):
         With a Lipschitz constant it is the very network of the bound, evaluated in float64: its logits are those of exact arithmetic but for 1e-13 of their
         size, which `_distance` has room for.
         """
-        device = next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
+        device = _device(net)
         if self.lipschitz is None:
             return prepared(net, shape, self.rows(shape), self.engine, device)
         graph = Graph.of(net, shape)
@@ -157,20 +157,19 @@ class Smoothing(RobustnessMethod):
             logits = double(x.double() / levels)
             return logits - logits.amax(1, keepdim=True)
 
-        _, classes, _ = prepared(net, shape, self.rows(shape))
-        return forward, classes, ("weights as numbers", "evaluated in float64")
+        _, _, (logits, *_) = tried(net, shape, self.rows(shape))
+        return forward, logits.shape[1], ("weights as numbers", "evaluated in float64")
 
     def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:
         shape = tuple(inputs.shape[1:])
         if 0 in shape:
             raise CertifyError(f"inputs of shape {shape} are empty")
-        device = next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
         forward, classes, done_to = self.prepared(net, shape)
         placed, apart = self.place(inputs.detach().cpu().numpy())
         count = len(inputs)
         prediction, radius = np.full(count, -1, dtype=np.int64), np.zeros(count)
         runner_up = np.full(count, -1, dtype=np.int64)
-        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), device):
+        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), _device(net)):
             found = certified_radius(done.outcome, float(apart[done.index]))
             sums = done.looks[-1].sums.copy()
             sums[int(done.selection.favourite)] = -1
@@ -188,6 +187,10 @@ class Smoothing(RobustnessMethod):
             assumptions=self.assumptions,
             seed=self.seed,
         )
+
+
+def _device(net: nn.Module) -> torch.device:
+    return next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
 
 
 def certified_radius(outcome: Outcome, apart: float) -> float:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import special
 
 from certify.bound import Array, Estimate
 from certify.errors import CertifyError
 from certify.smoothing import radius
-from certify.smoothing.radius import SLACK, check_sigma, normal_quantile, probabilities
+from certify.smoothing.radius import SLACK, check_sigma, largest, normal_quantile, probabilities
 
 
 class Noise(abc.ABC):
@@ -259,16 +259,6 @@ class Rayleigh(Law):
         return np.exp(-((np.maximum(x, 0.0) / self.scale) ** 2) / 2)
 
 
-def _largest(holds: Callable[[Array], NDArray[np.bool_]], limit: Array) -> Array:
-    """The largest t in [0, limit] for which a condition holds that fails from some point on; 0 where it never does."""
-    inside, outside = np.zeros(np.shape(limit)), limit
-    for _ in range(60):
-        middle = (inside + outside) / 2
-        valid = holds(middle)
-        inside, outside = np.where(valid, middle, inside), np.where(valid, outside, middle)
-    return inside
-
-
 @dataclasses.dataclass(frozen=True)
 class FourierBlur(Noise):
     """Blur by the multiplier exp(-w^2 b / 2) with circular padding, b >= 0 of this law: the variance b that may be added (TSS, Li et al. 2021).
@@ -285,7 +275,7 @@ class FourierBlur(Noise):
         low, high = probabilities(p_lower, p_upper)
         top, rival = self.law.quantile(low), self.law.from_above(high)
         below = self.law.below
-        return _largest(lambda t: below(top - t) + below(rival - t) >= 1 + 8 * SLACK * (1 + (top + rival) / self.law.scale), np.minimum(top, rival))
+        return largest(lambda t: below(top - t) + below(rival - t) >= 1 + 8 * SLACK * (1 + (top + rival) / self.law.scale), np.minimum(top, rival))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,9 +342,9 @@ class Gamma(Noise):
         below, beyond, quantile, from_above = self.law.below, self.law.beyond, self.law.quantile, self.law.from_above
         need, limit = 1 + 64 * SLACK, np.full(np.shape(low + high), 8.0)
         top, rival = quantile(low), from_above(high)
-        up = _largest(lambda t: below(top * np.exp(-t)) + below(rival * np.exp(-t)) >= need, limit)
+        up = largest(lambda t: below(top * np.exp(-t)) + below(rival * np.exp(-t)) >= need, limit)
         top, rival = from_above(low), quantile(high)
-        down = _largest(lambda t: beyond(top * np.exp(t)) + beyond(rival * np.exp(t)) >= need, limit)
+        down = largest(lambda t: beyond(top * np.exp(t)) + beyond(rival * np.exp(t)) >= need, limit)
         return np.exp(-down) * (1 + 1e-15), np.exp(up) * (1 - 1e-15)
 
     def radius(self, p_lower: ArrayLike, p_upper: ArrayLike | None = None) -> Array:
@@ -399,7 +389,7 @@ class ContrastBrightness(Noise):
         p = np.asarray(p_lower, dtype=np.float64)
         probabilities(p_lower, p_upper)
         limit = min(9 * self.sigma, 50.0)  # |k| / sigma < Phi^-1(p') < 9
-        return _largest(lambda r: self.brightness(r, p) > r, np.full(p.shape, limit))
+        return largest(lambda r: self.brightness(r, p) > r, np.full(p.shape, limit))
 
 
 def general_lipschitz(

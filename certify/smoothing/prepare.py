@@ -14,6 +14,7 @@ from certify.errors import CertifyError
 from certify.registry import Shape
 from certify.smoothing.engine import Forward
 from certify.smoothing.engines import compiled
+from lipnet.checkpoint import first_line
 
 _CLOSE = 1e-4  # of the largest logit: more than rounding does, less than another network does
 _MOST_ROWS = 1 << 20
@@ -22,19 +23,10 @@ _MOST_ROWS = 1 << 20
 def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None) -> tuple[Forward, int, tuple[str, ...]]:
     """The function that is smoothed, its number of classes, and what was done to the network for it.
 
-    Each step is kept only if outputs stay those of the network on random batches. Raises CertifyError for a network that is no classifier of such inputs, is in
-    training mode, has hooks or batch statistics, gives other outputs when it is called again, or outputs that depend on the other rows of a batch: this is
-    tried on some batches, as it cannot be proved of every forward (the assumption ROW_BY_ROW).
+    Each step is kept only if outputs stay those of the network on random batches. Raises CertifyError like `tried`, and for an engine that cannot run it.
     """
-    _refuse(net)
-    if not 1 <= batch <= _MOST_ROWS:
-        raise CertifyError(f"a batch has from 1 to {_MOST_ROWS} rows, got {batch}")
-    device = device or torch.device("cpu")
-    batches = _batches(shape, batch, device)
-    own = copy.deepcopy(net).eval().requires_grad_(False)
-    expected = [_logits(own, x, shape) for x in batches]
+    own, batches, expected = tried(net, shape, batch, device)
     classes = expected[0].shape[1]
-    _check_rows(own, batches[0], expected[0])
     found: nn.Module = own
     done: list[str] = []
     for step, name in ((lipnet.freeze, "weights as numbers"), (_folded, "batch normalisation folded into convolutions"), (_channels_last, "channels last")):
@@ -48,6 +40,24 @@ def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", de
         raise CertifyError(f"{engine} gives other outputs than the network itself; use the engine torch")
     _check_rows(run, batches[0], _logits(run, batches[0], shape))
     return run, classes, (*done, f"run by {engine}")
+
+
+def tried(net: nn.Module, shape: Shape, batch: int, device: torch.device | None = None) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A copy of the network, random batches, and its logits there.
+
+    Raises CertifyError for a network that is no classifier of such inputs, is in training mode, has hooks or batch statistics, gives other outputs when it is
+    called again, or outputs that depend on the other rows of a batch: this is tried on some batches, as it cannot be proved of every forward (the assumption
+    ROW_BY_ROW).
+    """
+    _refuse(net)
+    if not 1 <= batch <= _MOST_ROWS:
+        raise CertifyError(f"a batch has from 1 to {_MOST_ROWS} rows, got {batch}")
+    device = device or torch.device("cpu")
+    batches = _batches(shape, batch, device)
+    own = copy.deepcopy(net).eval().requires_grad_(False)
+    expected = [_logits(own, x, shape) for x in batches]
+    _check_rows(own, batches[0], expected[0])
+    return own, batches, expected
 
 
 def _refuse(net: nn.Module) -> None:
@@ -80,8 +90,7 @@ def _logits(forward: Forward, x: Tensor, shape: Shape) -> Tensor:
     try:
         logits = forward(x.clone())
     except Exception as error:  # torch raises many kinds here
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in float32: {line}") from error
+        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in float32: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise CertifyError(f"a classifier returns (batch, classes) with at least two classes, this network returns {found} for {len(x)} inputs")
@@ -100,8 +109,7 @@ def _check_rows(forward: Forward, x: Tensor, expected: Tensor) -> None:
         try:
             found = forward(torch.cat([x[:half], others]))
         except Exception as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CertifyError(f"the network fails on a batch in which some rows are NaN, as padding is ({line}); let it pass them on") from error
+            raise CertifyError(f"the network fails on a batch in which some rows are NaN, as padding is ({first_line(error)}); let it pass them on") from error
         if not _close(found[:half], expected[:half]):
             raise CertifyError("the network's output for an input depends on the other inputs of its batch; certificates are of functions of one input")
 

@@ -7,9 +7,10 @@ the open ball of the radius the top class stays the top class. Radii are in the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from certify.bound import Array, Bound, Everywhere
@@ -130,12 +131,18 @@ def mixed(p_lower: ArrayLike, sigma: float, weight: float, p_upper: ArrayLike | 
     low, high = probabilities(p_lower, p_upper)
     top, rival = normal_quantile(low), _minus_quantile(high)
     need = (1 - weight) / weight * (1 + 4e-16) + 4 * SLACK
-    inside, outside = np.zeros(np.shape(top + rival)), np.maximum((top + rival) / 2, 0.0)
+    keeps = largest(lambda t: special.ndtr(top - t) - special.ndtr(t - rival) >= need, np.maximum((top + rival) / 2, 0.0))
+    return _positive(sigma * keeps)
+
+
+def largest(holds: Callable[[Array], NDArray[np.bool_]], limit: Array) -> Array:
+    """The largest t in [0, limit] for which a condition holds that fails from some point on; 0 where it never does."""
+    inside, outside = np.zeros(np.shape(limit)), limit
     for _ in range(60):
         middle = (inside + outside) / 2
-        valid = special.ndtr(top - middle) - special.ndtr(middle - rival) >= need
+        valid = holds(middle)
         inside, outside = np.where(valid, middle, inside), np.where(valid, outside, middle)
-    return _positive(sigma * inside)
+    return inside
 
 
 def _positive(radius: Array) -> Array:

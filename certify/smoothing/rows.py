@@ -18,6 +18,7 @@ from certify.smoothing.engine import Forward
 from certify.smoothing.method import Smoothing, certified_radius
 from certify.smoothing.schedule import Procedure, Status
 from certify.smoothing.values import parse
+from lipnet.checkpoint import first_line
 
 _TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
 
@@ -61,8 +62,9 @@ def _told(forward: Forward) -> Forward:
         try:
             return forward(x)
         except Exception as error:  # torch raises many kinds here
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CertifyError(f"the network failed on a batch of {len(x)} noisy copies: {line}; what was done is kept, repeat the command to go on") from error
+            raise CertifyError(
+                f"the network failed on a batch of {len(x)} noisy copies: {first_line(error)}; what was done is kept, repeat the command to go on"
+            ) from error
 
     return run
 
