@@ -82,34 +82,63 @@ def largest_eigenvalue(
 
 def prove(
     system: LureSystem,
-    multipliers: Array,  # (nonlinearities,), not negative
+    multipliers: Array,  # (nonlinearities,), or (nonlinearities + inputs,) from l-infinity; not negative
+    norm: float = 2,
 ) -> float:
-    """A proved Lipschitz constant (l2 to l2, everywhere) of the system, from proposed LipSDP multipliers; inf if they prove none.
+    """A proved Lipschitz constant (from l2 or l-infinity, everywhere) of the system, from proposed LipSDP multipliers; inf if they prove none.
 
     With `p_j = e_j - lower_j v_j`, `q_j = e_j - upper_j v_j` every slope-restricted nonlinearity has `(p_j's)(q_j's) <= 0` on differences s of signals, so
     `P = rho E_0 + sum_j t_j (p_j q_j' + q_j p_j') - output'output >= 0` gives `|df|^2 <= rho |dx|^2` (Fazlyab et al. 2019, with diagonal multipliers: the only
     ones that are valid for increments). Proved in the augmented form `[[P + output'output, output'], [output, I]]`, which needs no product of outputs.
-    Raises ValueError for multipliers of the wrong shape, negative or not finite.
+    From l-infinity, for one output c, `[[2 rho - sum mu, -c], [-c', diag(mu) + sum_j t_j (...)]] >= 0` gives `|df| <= rho |dx|_inf` (multipliers t, then mu).
+    For an implicit system: of its solutions; see `is_well_posed` for their existence.
+    Raises ValueError for multipliers of the wrong shape, negative or not finite, and from l-infinity for more outputs than one.
     """
-    count = len(system.lower)
-    if multipliers.shape != (count,):
-        raise ValueError(f"multipliers must have the shape ({count},), one per nonlinearity, got {multipliers.shape}")
-    if not np.isfinite(multipliers).all() or (multipliers < 0).any():
-        raise ValueError(f"multipliers must be finite and not negative, got {multipliers[~(multipliers >= 0) | ~np.isfinite(multipliers)][:1]}")
-    matrix, error = _augmented(system, multipliers)
-    proposal = _smallest_gain(matrix, system.inputs)
+    check_multipliers(system, multipliers, norm)
+    matrix, error, gains, weight = (_augmented if norm == 2 else _bordered)(system, multipliers)
+    proposal = _smallest_gain(matrix, len(gains)) / weight
     if not math.isfinite(proposal):
         return math.inf
-    inputs = np.arange(system.inputs)
-    base = matrix[inputs, inputs].copy()
+    base = matrix[gains, gains].copy()
     for inflation in _inflations():
         rho = proposal * (1 + inflation) + 1e-280
-        matrix[inputs, inputs] = base + rho
+        matrix[gains, gains] = base + weight * rho
         allowed = error.copy()
-        allowed[inputs, inputs] += 2 * UNIT * (np.abs(base) + rho)
+        allowed[gains, gains] += 2 * UNIT * (np.abs(base) + weight * rho)
         if is_positive_semidefinite(matrix, allowed):
-            return math.nextafter(math.sqrt(rho), math.inf)
+            return math.nextafter(math.sqrt(rho), math.inf) if norm == 2 else rho
     return math.inf
+
+
+def check_multipliers(system: LureSystem, multipliers: Array, norm: float) -> None:
+    """Raises ValueError as `prove` does."""
+    if norm not in (2, math.inf):
+        raise ValueError(f"bounds are proved from l2 or l-infinity, got p={norm:g}; from l1 take the largest constant along one coordinate (LureSystem.along)")
+    if norm == math.inf and len(system.output) != 1:
+        raise ValueError(f"from l-infinity a system has one output, got {len(system.output)}; take them, or their differences, one by one")
+    count = system.count + (system.inputs if norm == math.inf else 0)
+    if multipliers.shape != (count,):
+        raise ValueError(f"multipliers must have the shape ({count},), one per nonlinearity{' and input' if norm == math.inf else ''}, got {multipliers.shape}")
+    if not np.isfinite(multipliers).all() or (multipliers < 0).any():
+        raise ValueError(f"multipliers must be finite and not negative, got {multipliers[~(multipliers >= 0) | ~np.isfinite(multipliers)][:1]}")
+
+
+def is_well_posed(
+    system: LureSystem,
+    multipliers: Array,  # (nonlinearities,)
+) -> bool:
+    """True only if an implicit system is proved to have exactly one solution for each input: `sum_j t_j (p_j q_j' + q_j p_j')` is positive definite over a.
+
+    (Revay, Wang & Manchester 2020.) Explicit systems always have.
+    """
+    if system.is_explicit:
+        return True
+    check_multipliers(system, multipliers, 2)
+    form, error = _quadratic(system, multipliers)
+    inner, inner_error = form[system.inputs :, system.inputs :], error[system.inputs :, system.inputs :]
+    index = np.arange(len(inner))
+    inner_error[index, index] += 2.0**-40 * np.abs(inner[index, index])  # strictly
+    return is_positive_semidefinite(inner, inner_error)
 
 
 def estimate(
@@ -124,30 +153,59 @@ def _inflations() -> list[float]:
     return [1e-14 * 4.0**k for k in range(27)]
 
 
-def _augmented(system: LureSystem, multipliers: Array) -> tuple[Array, Array]:
-    """`[[sum_j t_j (p_j q_j' + q_j p_j'), output'], [output, I]]` and an entrywise bound on what rounding did to it."""
-    signals, outputs = system.output.shape[1], len(system.output)
-    selector = np.zeros_like(system.rows)
-    count = len(system.lower)
-    selector[:, system.inputs :] = np.eye(count)
-    p = selector - system.lower[:, None] * system.rows
-    q = selector - system.upper[:, None] * system.rows
-    p_size = selector + np.abs(system.lower)[:, None] * np.abs(system.rows)
-    q_size = selector + np.abs(system.upper)[:, None] * np.abs(system.rows)
-    half = p.T @ (multipliers[:, None] * q)
-    half_error = gamma(count + 10) * (p_size.T @ (multipliers[:, None] * q_size)) * (1 + gamma(count + 10)) + 2.0**-1000
+_Form = tuple[Array, Array, NDArray[np.int64], float]  # a matrix, its entrywise error, where rho stands on the diagonal, and how many times
 
+
+def _augmented(system: LureSystem, multipliers: Array) -> _Form:
+    """`[[sum_j t_j (p_j q_j' + q_j p_j'), output'], [output, I]]`, and what may be wrong with it."""
+    signals, outputs = system.size, len(system.output)
     matrix = np.zeros((signals + outputs, signals + outputs))
     error = np.zeros_like(matrix)
-    matrix[:signals, :signals] = half + half.T
-    error[:signals, :signals] = half_error + half_error.T + 2 * UNIT * np.abs(matrix[:signals, :signals])
+    matrix[:signals, :signals], error[:signals, :signals] = _quadratic(system, multipliers)
     matrix[:signals, signals:], matrix[signals:, :signals] = system.output.T, system.output
+    if system.output_error is not None:
+        error[:signals, signals:], error[signals:, :signals] = system.output_error.T, system.output_error
     matrix[signals:, signals:] = np.eye(outputs)
-    return matrix, error
+    return matrix, error, np.arange(system.inputs), 1.0
+
+
+def _bordered(system: LureSystem, multipliers: Array) -> _Form:
+    """`[[-sum mu, -c], [-c', diag(mu) + sum_j t_j (p_j q_j' + q_j p_j')]]`, and what may be wrong with it."""
+    inputs, size = system.inputs, system.size + 1
+    t, mu = multipliers[: system.count], multipliers[system.count :]
+    matrix, error = np.zeros((size, size)), np.zeros((size, size))
+    matrix[1:, 1:], error[1:, 1:] = _quadratic(system, t)
+    index = np.arange(1, inputs + 1)
+    matrix[index, index] += mu
+    error[index, index] += 2 * UNIT * np.abs(matrix[index, index])
+    matrix[0, 0] = -mu.sum()
+    error[0, 0] = gamma(inputs + 2) * mu.sum()
+    matrix[0, 1:] = matrix[1:, 0] = -system.output[0]
+    if system.output_error is not None:
+        error[0, 1:] = error[1:, 0] = system.output_error[0]
+    return matrix, error, np.arange(1), 2.0
+
+
+def _quadratic(system: LureSystem, multipliers: Array) -> tuple[Array, Array]:
+    """`sum_j t_j (p_j q_j' + q_j p_j')` and an entrywise bound on what rounding did to it, and on what the errors of the rows may do."""
+    selector = np.zeros_like(system.rows)
+    count = system.count
+    selector[:, system.inputs :] = np.eye(count)
+    low, high = np.abs(system.lower)[:, None], np.abs(system.upper)[:, None]
+    p, q = (selector - slope[:, None] * system.rows for slope in (system.lower, system.upper))
+    p_size, q_size = (selector + slope * np.abs(system.rows) for slope in (low, high))
+    half = p.T @ (multipliers[:, None] * q)
+    slack = 1 + gamma(count + 10)
+    half_error = gamma(count + 10) * (p_size.T @ (multipliers[:, None] * q_size)) * slack + 2.0**-1000
+    if system.rows_error is not None:
+        p_error, q_error = (slope * system.rows_error for slope in (low, high))
+        half_error += (p_error.T @ (multipliers[:, None] * (q_size + q_error)) + p_size.T @ (multipliers[:, None] * q_error)) * slack * _SLACK
+    form = half + half.T
+    return form, half_error + half_error.T + 2 * UNIT * np.abs(form)
 
 
 def _smallest_gain(matrix: Array, inputs: int) -> float:
-    """The smallest rho for which the matrix with rho on its input block is positive semidefinite, by a Schur complement; a proposal only."""
+    """The smallest rho for which the matrix with rho on its first entries is positive semidefinite, by a Schur complement; a proposal only."""
     rest, cross = matrix[inputs:, inputs:], matrix[inputs:, :inputs]
     try:
         half = np.linalg.solve(np.linalg.cholesky(rest), cross)

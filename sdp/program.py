@@ -1,0 +1,101 @@
+"""LipSDP as one kind of program: `min rho` such that `rho diag(gain) + sum_j t_j (l_j r_j' + r_j l_j') + constant >= 0` and `t >= 0`.
+
+Every multiplier stands before a matrix of rank 2, which is what makes Newton's method cheap (`sdp.newton`). Solvers see programs, not networks; what they
+return are multipliers, which `sdp.proof` turns into a bound from the system itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sdp.lure import LureSystem
+
+Array = NDArray[np.float64]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """The data of one program; a bound on the Lipschitz constant is `root(rho)`."""
+
+    left: Array  # (multipliers, size)
+    right: Array  # (multipliers, size)
+    gain: Array  # (size,), not negative
+    constant: Array  # (size, size), symmetric
+    norm: float  # of the inputs: 2 or inf
+
+    @property
+    def size(self) -> int:
+        """Of the matrix."""
+        return len(self.gain)
+
+    @property
+    def count(self) -> int:
+        """Of the multipliers."""
+        return len(self.left)
+
+    def matrix(self, rho: float, multipliers: Array) -> Array:
+        """What has to be positive semidefinite."""
+        half = self.left.T @ (multipliers[:, None] * self.right)
+        made = half + half.T + self.constant
+        index = np.arange(self.size)
+        made[index, index] += rho * self.gain
+        return np.asarray(made)
+
+    def direction(self, rho: float, multipliers: Array) -> Array:
+        """The same without the constant."""
+        return self.matrix(rho, multipliers) - self.constant
+
+    def lipschitz(self, rho: float) -> float:
+        """The constant that a feasible rho stands for."""
+        return math.sqrt(max(rho, 0.0)) if self.norm == 2 else rho
+
+    def smallest_gain(self, multipliers: Array) -> float:
+        """The smallest rho that is feasible with these multipliers, by a Schur complement; inf if none is. A proposal, not a proof."""
+        inside = self.gain > 0
+        matrix = self.matrix(0.0, multipliers)
+        root = np.sqrt(self.gain[inside])
+        rest, cross, first = matrix[np.ix_(~inside, ~inside)], matrix[np.ix_(~inside, inside)], matrix[np.ix_(inside, inside)]
+        try:
+            half = np.linalg.solve(np.linalg.cholesky(rest), cross)
+        except np.linalg.LinAlgError:
+            return math.inf
+        needed = (half.T @ half - first) / root / root[:, None]
+        return max(float(np.linalg.eigvalsh(needed)[-1]), 0.0) if np.isfinite(needed).all() else math.inf
+
+
+def factors(system: LureSystem) -> tuple[Array, Array]:  # (nonlinearities, signals) each
+    """`p_j = e_j - lower_j v_j` and `q_j = e_j - upper_j v_j`: `(p_j's)(q_j's) <= 0` on differences s of signals."""
+    selector = np.zeros_like(system.rows)
+    selector[:, system.inputs :] = np.eye(system.count)
+    return selector - system.lower[:, None] * system.rows, selector - system.upper[:, None] * system.rows
+
+
+def program(system: LureSystem, norm: float = 2) -> Program:
+    """LipSDP of a system from l2 (to l2), or from l-infinity where its output is a single number.
+
+    l2 (Fazlyab et al. 2019): `rho E_x + sum_j t_j (p_j q_j' + q_j p_j') - output'output >= 0`, `L = sqrt(rho)`. l-infinity (Wang, Prakriya & Ye 2022): with one
+    more coordinate, of the constant 1, and multipliers mu_i of `x_i^2 <= 1`: `[[2 rho - sum mu, -c], [-c', diag(mu) + sum_j t_j (...)]] >= 0`, `L = rho`; the
+    multipliers are (t, mu).
+    """
+    left, right = factors(system)
+    if norm == 2:
+        gain = np.zeros(system.size)
+        gain[: system.inputs] = 1.0
+        return Program(left, right, gain, -(system.output.T @ system.output), 2)
+    if norm != math.inf:
+        raise ValueError(f"programs are for inputs in l2 or in l-infinity, got p={norm:g}; for l1 take the largest constant along one coordinate")
+    if len(system.output) != 1:
+        raise ValueError(f"from l-infinity a system has one output, got {len(system.output)}; take them, or their differences, one by one")
+    inputs, size = system.inputs, system.size + 1
+    more = np.zeros((2, inputs, size))  # mu_i (x_i^2 - 1) = mu_i (x_i - 1)(x_i + 1)
+    more[:, np.arange(inputs), 1 + np.arange(inputs)] = 1.0
+    more[0, :, 0], more[1, :, 0] = -1.0, 1.0
+    wide = [np.pad(part, ((0, 0), (1, 0))) for part in (left, right)]
+    gain, constant = np.zeros(size), np.zeros((size, size))
+    gain[0] = 2.0
+    constant[0, 1:] = constant[1:, 0] = -system.output[0]
+    return Program(np.vstack([wide[0], more[0] / 2]), np.vstack([wide[1], more[1]]), gain, constant, math.inf)
