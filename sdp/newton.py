@@ -6,16 +6,43 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from sdp.program import Program
-
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 _CENTRED = 0.9  # Newton decrement; the gap that is read off is valid below 1
+
+
+class Barrier(Protocol):
+    """What Newton's method needs of a program `min rho` such that a matrix P, affine in rho and the multipliers, is positive semidefinite."""
+
+    @property
+    def size(self) -> int:
+        """Of the matrix."""
+
+    @property
+    def count(self) -> int:
+        """Of the multipliers."""
+
+    @property
+    def norm(self) -> float:
+        """Of the inputs, 2 or inf."""
+
+    def factor(self, rho: float, multipliers: Array) -> Any:
+        """A Cholesky factor of P, or None where P is not positive definite."""
+
+    def log_det(self, factor: Any) -> float:
+        """`log det P`."""
+
+    def derivatives(self, factor: Any) -> tuple[Array, Array]:
+        """Of `log det P` in (rho, t): the gradient, (1 + multipliers,), and minus the Hessian."""
+
+    def lipschitz(self, rho: float) -> float:
+        """The constant that a feasible rho stands for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +71,7 @@ Report = Callable[[Progress], None]
 
 
 def newton(
-    program: Program,
+    program: Barrier,
     start: tuple[float, Array],  # rho, multipliers: strictly feasible
     groups: Labels | None = None,  # (multipliers,) labels: equal ones share a multiplier
     tolerance: float = 1e-8,  # relative gap of rho
@@ -54,21 +81,21 @@ def newton(
 ) -> Proposal:
     """Minimise `tau rho - log det P(rho, t) - sum log t` for growing tau.
 
-    With `Z = P^-1` the gradient is `2 l_j' Z r_j`, the Hessian `2 [(l_j' Z r_k)(r_j' Z l_k) + (l_j' Z l_k)(r_j' Z r_k)]`: three products and two Cholesky
-    factorisations a step. Near the path rho is within `(size + multipliers + decrement sqrt) / tau` of the optimum. Ctrl-C ends with what was reached.
+    Near the path rho is within `(size + multipliers + decrement sqrt) / tau` of the optimum. Ctrl-C ends with what was reached.
     Raises ValueError for a start that is not strictly feasible.
     """
     began = time.perf_counter()
-    labels = np.arange(program.count) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    labels: Labels = np.arange(program.count) if groups is None else np.unique(groups, return_inverse=True)[1].reshape(-1).astype(np.int64)
+    first = np.unique(labels, return_index=True)[1].astype(np.int64)
     state = _State.at(program, start[0], start[1])
     if state is None:
         raise ValueError("the start of Newton's method must be strictly feasible")
-    total = program.size + int(labels.max(initial=-1)) + 1
+    total = program.size + len(first)
     tau, gap, status, done = total / max(state.rho, 1e-300), math.inf, "iteration limit", 0
     tries_left = 3
     try:
         for done in range(iterations):
-            steps = _steps(program, state, labels)
+            steps = _steps(program, state, labels, first)
             if steps is None:
                 status = "stalled"
                 break
@@ -86,7 +113,7 @@ def newton(
                 status = "time limit"
                 break
             step = centring - tau * along_rho
-            moved = _search(program, state, step, labels, tau, decrement_of(tau))
+            moved = _search(program, state, step, first, tau, decrement_of(tau))
             if moved is None:
                 tries_left -= 1
                 if not tries_left:
@@ -107,58 +134,43 @@ class _State:
 
     rho: float
     multipliers: Array
-    factor: Array  # lower
+    factor: Any
 
     @classmethod
-    def at(cls, program: Program, rho: float, multipliers: Array) -> _State | None:
+    def at(cls, program: Barrier, rho: float, multipliers: Array) -> _State | None:
         if not (multipliers > 0).all() or not math.isfinite(rho):
             return None
-        try:
-            factor = scipy.linalg.cholesky(program.matrix(rho, multipliers), lower=True, check_finite=False)
-        except scipy.linalg.LinAlgError:
-            return None
-        return cls(rho, multipliers, factor) if np.isfinite(np.diagonal(factor)).all() else None
+        factor = program.factor(rho, multipliers)
+        return None if factor is None else cls(rho, multipliers, factor)
 
-    def barrier(self, tau: float, labels: Labels) -> float:
-        """`tau rho - log det P - sum log t`."""
-        first = np.unique(labels, return_index=True)[1]
-        return float(tau * self.rho - 2 * np.log(np.diagonal(self.factor)).sum() - np.log(self.multipliers[first]).sum())
+    def barrier(self, program: Barrier, tau: float, first: Labels) -> float:
+        """`tau rho - log det P - sum log t`, one t for each label."""
+        return float(tau * self.rho - program.log_det(self.factor) - np.log(self.multipliers[first]).sum())
 
 
-def _steps(program: Program, state: _State, labels: Labels) -> tuple[Array, Array, Callable[[float], float]] | None:
+def _steps(program: Barrier, state: _State, labels: Labels, first: Labels) -> tuple[Array, Array, Callable[[float], float]] | None:
     """The Newton step is `b - tau a` in (rho, t): a, b and the decrement as a function of tau."""
-    solved = [scipy.linalg.solve_triangular(state.factor, part.T, lower=True, check_finite=False) for part in (program.left, program.right)]
-    cross = solved[0].T @ solved[1]
-    hessian = 2 * (cross * cross.T + (solved[0].T @ solved[0]) * (solved[1].T @ solved[1]))
-    inside = np.flatnonzero(program.gain)
-    columns = np.zeros((program.size, len(inside)))
-    columns[inside, np.arange(len(inside))] = np.sqrt(program.gain[inside])
-    gains = scipy.linalg.solve_triangular(state.factor, columns, lower=True, check_finite=False)
-    count = int(labels.max(initial=-1)) + 1
-    whole = np.empty((count + 1, count + 1))
-    whole[1:, 1:] = _grouped(_grouped(hessian, labels).T, labels)
-    whole[0, 0] = ((gains.T @ gains) ** 2).sum()
-    whole[0, 1:] = whole[1:, 0] = _grouped(2 * ((gains.T @ solved[0]) * (gains.T @ solved[1])).sum(axis=0), labels)
-    multipliers = np.empty(count)
-    multipliers[labels] = state.multipliers
-    gradient = np.concatenate([[(gains * gains).sum()], _grouped(2 * np.diagonal(cross), labels) + 1 / multipliers])
-    whole[np.arange(1, count + 1), np.arange(1, count + 1)] += 1 / multipliers**2
-    scale = np.sqrt(np.diagonal(whole))
-    if not (np.isfinite(whole).all() and (scale > 0).all()):
+    gradient, hessian = program.derivatives(state.factor)
+    spread = np.concatenate([[0], 1 + labels])
+    gradient, hessian = _grouped(gradient, spread), _grouped(_grouped(hessian, spread).T, spread)
+    multipliers, diagonal = state.multipliers[first], np.arange(1, len(first) + 1)
+    gradient[1:] += 1 / multipliers
+    hessian[diagonal, diagonal] += 1 / multipliers**2
+    scale = np.sqrt(np.diagonal(hessian))
+    if not (np.isfinite(hessian).all() and (scale > 0).all()):
         return None
     try:
-        factor = scipy.linalg.cho_factor(whole / scale / scale[:, None] + 1e-14 * np.eye(count + 1), lower=True, check_finite=False)
+        factor = scipy.linalg.cho_factor(hessian / scale / scale[:, None] + 1e-14 * np.eye(len(scale)), lower=True, check_finite=False)
     except scipy.linalg.LinAlgError:
         return None
-    first = np.zeros(count + 1)
-    first[0] = 1.0
-    a, b = (scipy.linalg.cho_solve(factor, vector / scale, check_finite=False) / scale for vector in (first, gradient))
+    unit = np.zeros(len(scale))
+    unit[0] = 1.0
+    a, b = (scipy.linalg.cho_solve(factor, vector / scale, check_finite=False) / scale for vector in (unit, gradient))
 
     def decrement(tau: float) -> float:
         step = b - tau * a
-        return math.sqrt(max(float(step @ (whole @ step)), 0.0))
+        return math.sqrt(max(float(step @ (hessian @ step)), 0.0))
 
-    spread = np.concatenate([[0], 1 + labels])
     return a[spread], b[spread], decrement
 
 
@@ -170,13 +182,13 @@ def _next(tau: float, decrement: Callable[[float], float]) -> float:
     return tau * factor
 
 
-def _search(program: Program, state: _State, step: Array, labels: Labels, tau: float, decrement: float) -> _State | None:
+def _search(program: Barrier, state: _State, step: Array, first: Labels, tau: float, decrement: float) -> _State | None:
     """A point along the step with a lower barrier: from the length that is sure to be feasible, 1 / (1 + decrement), on by doubling."""
-    before = state.barrier(tau, labels)
+    before = state.barrier(program, tau, first)
 
     def at(length: float) -> tuple[float, _State | None]:
         found = _State.at(program, state.rho + length * step[0], state.multipliers + length * step[1:])
-        return (math.inf, None) if found is None else (found.barrier(tau, labels), found)
+        return (math.inf, None) if found is None else (found.barrier(program, tau, first), found)
 
     if decrement < 0.25:
         value, found = at(1.0)
@@ -196,8 +208,9 @@ def _search(program: Program, state: _State, step: Array, labels: Labels, tau: f
 
 def _grouped(values: Array, labels: Labels) -> Array:
     """Sums over the first axis of what shares a label."""
-    if len(labels) == int(labels.max(initial=-1)) + 1:
-        return values
-    sums = np.zeros((int(labels.max(initial=-1)) + 1, *values.shape[1:]))
+    count = int(labels.max(initial=-1)) + 1
+    if len(labels) == count:
+        return values.copy()
+    sums = np.zeros((count, *values.shape[1:]))
     np.add.at(sums, labels, values)
     return sums
