@@ -138,7 +138,8 @@ def _extremes(function: Function, low: Array, high: Array, turns: tuple[float, .
 
 
 def _outward(lower: Array, upper: Array) -> tuple[Array, Array]:
-    return lower - _OUT * (1 + np.abs(lower)), upper + _OUT * (1 + np.abs(upper))
+    room = [np.where(np.isfinite(end), _OUT * (1 + np.abs(end)), 0.0) for end in (lower, upper)]
+    return lower - room[0], upper + room[1]
 
 
 def _at_infinity(function: Function, left: float, right: float) -> Function:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from sdp.lure import LureSystem
 from sdp.proof import UNIT, gamma
 
 Array = NDArray[np.float64]
+Index = NDArray[np.int64]
 _UP = 1 + 2.0**-40  # covers the roundings in the error terms themselves
 
 
@@ -53,45 +54,57 @@ class Signal:
     error: Array
     offset: Array  # (entries,)
     offset_error: Array
+    number: int = -1  # the step that made it
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which: NDArray[np.int64] | slice) -> Signal:
-        return Signal(self.rows[which], self.error[which], self.offset[which], self.offset_error[which])
-
     def wide(self, columns: int) -> Signal:
         """With columns of zeros for nonlinearities that came later."""
         missing = ((0, 0), (0, columns - self.rows.shape[1]))
-        return self if self.rows.shape[1] == columns else Signal(np.pad(self.rows, missing), np.pad(self.error, missing), self.offset, self.offset_error)
+        if self.rows.shape[1] == columns:
+            return self
+        return dataclasses.replace(self, rows=np.pad(self.rows, missing), error=np.pad(self.error, missing))
 
 
-def stacked(signals: Sequence[Signal]) -> Signal:
-    """One above the other; all of the same width."""
-    return Signal(*(np.concatenate([getattr(signal, field.name) for signal in signals]) for field in dataclasses.fields(Signal)))
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """What a wiring did: step number k made signal k. `numbers` are the arrays that it used."""
+
+    what: str  # "input", "linear", "shift", "scale", "add", "pick", "join" or "nonlinear"
+    of: tuple[int, ...]  # numbers of signals
+    numbers: Mapping[str, Array | Index]
 
 
 class Wiring:
-    """A network under construction. On a `region` the slopes are those between inputs in it, and nonlinearities that are affine there leave no trace."""
+    """A network under construction. On a `region` the slopes are those between inputs in it, and nonlinearities that are affine there leave no trace.
+
+    `steps` is the record of what was done, from which the system can be built again.
+    """
 
     def __init__(self, inputs: int, region: Region | None = None) -> None:
         if region is not None and region.center.shape != (inputs,):
             raise ValueError(f"the region has {region.center.shape} entries, the network takes {inputs}")
         self.inputs, self.region, self.count = inputs, region, 0
+        self.fixed = 0  # nonlinearities that were eliminated
+        self.steps: list[Step] = []
         self._rows: list[Signal] = []
         self._slopes: list[tuple[Array, Array]] = []
         self._image: list[tuple[Array, Array]] = []
-        self.fixed = 0  # nonlinearities that were eliminated
 
     @property
     def width(self) -> int:
         """The signals so far."""
         return self.inputs + self.count
 
+    def _made(self, signal: Signal, what: str, of: Sequence[Signal], **numbers: Array | Index) -> Signal:
+        self.steps.append(Step(what, tuple(part.number for part in of), numbers))
+        return dataclasses.replace(signal, number=len(self.steps) - 1)
+
     def input(self) -> Signal:
         """x."""
-        eye = np.eye(self.inputs)
-        return Signal(eye, np.zeros_like(eye), np.zeros(self.inputs), np.zeros(self.inputs))
+        eye, zero = np.eye(self.inputs), np.zeros(self.inputs)
+        return self._made(Signal(eye, np.zeros_like(eye), zero, zero), "input", ())
 
     def linear(
         self,
@@ -113,73 +126,80 @@ class Wiring:
         if error is not None and error.any():
             rows_error = rows_error + error @ (np.abs(signal.rows) + signal.error) * (1 + gamma(terms)) * _UP
             offset_error = offset_error + error @ (np.abs(signal.offset) + signal.offset_error) * (1 + gamma(terms)) * _UP
-        return Signal(rows, rows_error, offset, offset_error)
+            return self._made(Signal(rows, rows_error, offset, offset_error), "linear", [signal], matrix=matrix, error=error)
+        return self._made(Signal(rows, rows_error, offset, offset_error), "linear", [signal], matrix=matrix)
 
     def shift(self, signal: Signal, offset: Array) -> Signal:
         """`signal + offset`."""
         total = signal.offset + offset
-        return dataclasses.replace(signal, offset=total, offset_error=(signal.offset_error + UNIT * np.abs(total)) * _UP)
+        moved = dataclasses.replace(signal, offset=total, offset_error=(signal.offset_error + UNIT * np.abs(total)) * _UP)
+        return self._made(moved, "shift", [signal], offset=offset)
 
     def scale(self, signal: Signal, factor: Array | float, error: Array | float = 0.0) -> Signal:
         """`factor * signal`, entry by entry, the factor known to within an error."""
-        factors = np.broadcast_to(np.asarray(factor, dtype=np.float64), (len(signal),))
-        errors = np.broadcast_to(np.asarray(error, dtype=np.float64), (len(signal),))
-        rounding = np.where(np.abs(np.frexp(factors)[0]) == 0.5, 0.0, UNIT) * (factors != 0)  # a power of two is exact
-
-        def scaled(value: Array, known: Array) -> tuple[Array, Array]:
-            f, e, u = (part.reshape(-1, *([1] * (value.ndim - 1))) for part in (factors, errors, rounding))
-            made = f * value
-            return made, (np.abs(f) * known + e * (np.abs(value) + known) + u * np.abs(made)) * _UP
-
-        return Signal(*scaled(signal.rows, signal.error), *scaled(signal.offset, signal.offset_error))
+        factors, errors = (np.broadcast_to(np.asarray(part, dtype=np.float64), (len(signal),)) for part in (factor, error))
+        return self._made(_scaled(signal, factors, errors), "scale", [signal], factor=factors, error=errors)
 
     def add(self, first: Signal, second: Signal) -> Signal:
         """`first + second`."""
         a, b = first.wide(self.width), second.wide(self.width)
         rows, offset = a.rows + b.rows, a.offset + b.offset
         rounding = np.where((a.rows != 0) & (b.rows != 0), UNIT, 0.0) * np.abs(rows)
-        error = a.error + b.error + rounding
-        return Signal(rows, error * _UP, offset, (a.offset_error + b.offset_error + UNIT * np.abs(offset)) * _UP)
+        error, offset_error = (a.error + b.error + rounding) * _UP, (a.offset_error + b.offset_error + UNIT * np.abs(offset)) * _UP
+        return self._made(Signal(rows, error, offset, offset_error), "add", [first, second])
+
+    def subtract(self, first: Signal, second: Signal) -> Signal:
+        """`first - second`."""
+        return self.add(first, self.scale(second, -1.0))
+
+    def pick(self, signal: Signal, which: Index) -> Signal:
+        """Some entries, in this order, perhaps several times."""
+        which = np.asarray(which, dtype=np.int64)
+        parts = Signal(signal.rows[which], signal.error[which], signal.offset[which], signal.offset_error[which])
+        return self._made(parts, "pick", [signal], which=which)
+
+    def join(self, signals: Sequence[Signal]) -> Signal:
+        """One above the other."""
+        wide = [signal.wide(self.width) for signal in signals]
+        rows, error, offset, offset_error = (np.concatenate([getattr(part, name) for part in wide]) for name in ("rows", "error", "offset", "offset_error"))
+        return self._made(Signal(rows, error, offset, offset_error), "join", signals)
 
     def nonlinear(self, signal: Signal, activation: Activation) -> Signal:
         """`activation(signal)`, a new nonlinearity for each entry; those whose slope is one number are affine, and stay in the maps."""
         low, high = self.interval(signal) if self.region is not None else (np.full(len(signal), -np.inf), np.full(len(signal), np.inf))
         lower, upper = activation.slopes(low, high)
+        intercept = np.where(lower == upper, activation.intercept(low, high), 0.0)
         affine = lower == upper
         self.fixed += int(affine.sum())
-        kept = self.scale(signal, np.where(affine, lower, 0.0)).wide(self.width + int((~affine).sum()))
-        kept = self.shift(kept, np.where(affine, activation.intercept(low, high), 0.0))
+        kept = _scaled(signal, np.where(affine, lower, 0.0), np.zeros(len(signal))).wide(self.width + int((~affine).sum()))
+        total = kept.offset + intercept
+        kept = dataclasses.replace(kept, rows=kept.rows.copy(), offset=total, offset_error=(kept.offset_error + UNIT * np.abs(total)) * _UP)
         bends = np.flatnonzero(~affine)
         if len(bends):
-            self._rows.append(signal[bends])
+            self._rows.append(Signal(signal.rows[bends], signal.error[bends], signal.offset[bends], signal.offset_error[bends]))
             self._slopes.append((lower[bends], upper[bends]))
-            image = activation.image(low[bends], high[bends])
-            self._image.append((image[0], image[1]))
+            self._image.append(activation.image(low[bends], high[bends]))
             kept.rows[bends, self.width + np.arange(len(bends))] = 1.0
             self.count += len(bends)
-        return kept
+        return self._made(kept, "nonlinear", [signal], lower=lower, upper=upper, intercept=intercept)
 
-    def sort(self, signal: Signal, first: NDArray[np.int64], second: NDArray[np.int64]) -> Signal:
+    def sort(self, signal: Signal, first: Index, second: Index) -> Signal:
         """The larger of each pair (first, second) of entries at its first place, the smaller at its second: one ReLU of the difference each.
 
         `max = z_j + relu(z_i - z_j)`, `min = z_i - relu(z_i - z_j)`: the sum of a pair passes linearly, so the certificate knows that sorting keeps it.
         """
-        z_i, z_j = signal[first], signal[second]
-        bent = self.nonlinear(self.add(z_i, self.scale(z_j, -1.0)), RELU)
-        whole = signal.wide(self.width)
-        made = Signal(whole.rows.copy(), whole.error.copy(), whole.offset.copy(), whole.offset_error.copy())
-        for where, value in ((first, self.add(z_j, bent)), (second, self.add(z_i, self.scale(bent, -1.0)))):
-            made.rows[where], made.error[where] = value.rows, value.error
-            made.offset[where], made.offset_error[where] = value.offset, value.offset_error
-        return made
+        z_i, z_j = self.pick(signal, first), self.pick(signal, second)
+        bent = self.nonlinear(self.subtract(z_i, z_j), RELU)
+        rest = np.setdiff1d(np.arange(len(signal)), np.concatenate([first, second]))
+        joined = self.join([self.add(z_j, bent), self.subtract(z_i, bent), self.pick(signal, rest)])
+        return self.pick(joined, np.argsort(np.concatenate([first, second, rest]), kind="stable"))
 
-    def largest(self, signal: Signal, groups: NDArray[np.int64]) -> Signal:  # (outputs, members) indices; entries of a group may repeat
+    def largest(self, signal: Signal, groups: Index) -> Signal:  # (outputs, members) indices; entries of a group may repeat
         """The largest entry of each group: a tournament of comparators."""
-        best = signal[groups[:, 0]]
+        best = self.pick(signal, groups[:, 0])
         for k in range(1, groups.shape[1]):
-            other = signal[groups[:, k]]
-            bent = self.nonlinear(self.add(best, self.scale(other, -1.0)), RELU)
-            best = self.add(other, bent)
+            other = self.pick(signal, groups[:, k])
+            best = self.add(other, self.nonlinear(self.subtract(best, other), RELU))
         return best
 
     def interval(self, signal: Signal) -> tuple[Array, Array]:
@@ -209,18 +229,30 @@ class Wiring:
     def system(self, output: Signal) -> LureSystem:
         """The network whose output that signal is."""
         rows = [part.wide(self.width) for part in self._rows]
-        whole = stacked(rows) if rows else self.input()[:0].wide(self.width)
+        whole, whole_error = (np.concatenate([np.zeros((0, self.width)), *(getattr(part, name) for part in rows)]) for name in ("rows", "error"))
         out = output.wide(self.width)
         lower, upper = (np.concatenate([np.zeros(0), *(slopes[end] for slopes in self._slopes)]) for end in (0, 1))
         return LureSystem(
             self.inputs,
-            whole.rows,
+            whole,
             lower,
             upper,
             out.rows,
-            whole.error if whole.error.any() else None,
+            whole_error if whole_error.any() else None,
             out.error if out.error.any() else None,
         )
+
+
+def _scaled(signal: Signal, factors: Array, errors: Array) -> Signal:
+    """Each entry times its factor."""
+    rounding = np.where(np.abs(np.frexp(factors)[0]) == 0.5, 0.0, UNIT) * (factors != 0)  # a power of two is exact
+
+    def scaled(value: Array, known: Array) -> tuple[Array, Array]:
+        f, e, u = (part.reshape(-1, *([1] * (value.ndim - 1))) for part in (factors, errors, rounding))
+        made = f * value
+        return made, (np.abs(f) * known + e * (np.abs(value) + known) + u * np.abs(made)) * _UP
+
+    return Signal(*scaled(signal.rows, signal.error), *scaled(signal.offset, signal.offset_error))
 
 
 def _selects(rows: Array) -> bool:
