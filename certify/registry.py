@@ -89,13 +89,13 @@ def rule_of(cls: type[nn.Module]) -> Rule | None:
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of the nearest registered class, or None."""
-    cls = _nearest(module)
+    cls = nearest(module)
     return None if cls is None else rule_of(cls)
 
 
 def head_for(module: nn.Module) -> Head | None:
     """The function that gives the rows of a linear module, or None. A class with a rule of its own may compute something else than its base's rows."""
-    cls = _nearest(module)
+    cls = nearest(module)
     return None if cls is None else _heads.get(cls)
 
 
@@ -121,7 +121,7 @@ def problems_of(module: nn.Module, where: str, leaf: bool) -> list[Problem]:
 
 
 def _leaf_problems(module: nn.Module) -> list[str]:
-    cls = _nearest(module)
+    cls = nearest(module)
     if cls is None:
         reason = next((_reasons[c] for c in type(module).__mro__ if c in _reasons), None)
         name = type(module).__name__
@@ -140,7 +140,8 @@ def _leaf_problems(module: nn.Module) -> list[str]:
     return []
 
 
-def _nearest(module: nn.Module) -> type[nn.Module] | None:
+def nearest(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a module's method resolution order by whose rule it is bounded, or None."""
     return next((cls for cls in type(module).__mro__ if rule_of(cls)), None)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import nn
 
 import lipnet
+from sdp import activation as scalar
 
 Slopes = tuple[float, float]
 
@@ -37,6 +38,28 @@ def slopes(module: nn.Module) -> Slopes | None:
     found = next((_SLOPES[cls] for cls in type(module).__mro__ if cls in _SLOPES), None)
     low, high = (math.inf, -math.inf) if found is None else found(module)
     return (low, high) if -math.inf < low <= high < math.inf else None
+
+
+_SHAPES: dict[type[nn.Module], Callable[..., scalar.Activation]] = {
+    nn.ReLU: lambda _: scalar.RELU,
+    nn.ReLU6: lambda _: scalar.clamp(0.0, 6.0),
+    nn.Hardtanh: lambda m: scalar.clamp(float(m.min_val), float(m.max_val)),
+    nn.LeakyReLU: lambda m: scalar.leaky_relu(float(m.negative_slope)),
+    nn.Tanh: lambda _: scalar.TANH,
+    nn.Sigmoid: lambda _: scalar.SIGMOID,
+    nn.SiLU: lambda _: scalar.SILU,
+    nn.GELU: lambda m: scalar.GELU if m.approximate == "none" else scalar.Sloped(*slopes(m) or (-math.inf, math.inf)),
+    lipnet.Abs: lambda _: scalar.ABS,
+}
+
+
+def activation(module: nn.Module) -> scalar.Activation | None:
+    """The activation with its slopes between any two inputs, where they are known, or with its slopes everywhere; None as `slopes`."""
+    found = slopes(module)
+    if found is None:
+        return None
+    cls = next(cls for cls in type(module).__mro__ if cls in _SLOPES)
+    return _SHAPES[cls](module) if cls in _SHAPES else scalar.Sloped(*found)
 
 
 def activations() -> tuple[type[nn.Module], ...]:

@@ -47,11 +47,8 @@ def clarabel(program: Program, tolerance: float = 1e-8, seconds: float = math.in
 
 def cvxpy(program: Program, solver: str, tolerance: float = 1e-8, seconds: float = math.inf) -> Proposal:
     """By a solver that cvxpy knows under this name (SDPA, MOSEK, CVXOPT, ...). Raises ValueError, with the names, for one that is not installed."""
-    cp = _module("cvxpy")
-    name = solver.upper()
-    if name not in cp.installed_solvers():
-        known = ", ".join(sorted(cp.installed_solvers()))
-        raise ValueError(f"no solver {solver!r} is installed; there are newton, first-order, closed-form, rescaled, scs, clarabel and, by cvxpy, {known}")
+    check_cvxpy(solver)
+    cp, name = _module("cvxpy"), solver.upper()
     rho, t = cp.Variable(nonneg=True), cp.Variable(program.count, nonneg=True)
     half = program.left.T @ cp.diag(t) @ program.right
     matrix = rho * np.diag(program.gain) + half + half.T + program.constant
@@ -64,6 +61,14 @@ def cvxpy(program: Program, solver: str, tolerance: float = 1e-8, seconds: float
         status = (str(error).splitlines() or ["failed"])[0]
     values = np.full(program.count + 1, np.nan) if t.value is None else np.concatenate([[float(rho.value)], np.asarray(t.value)])
     return _proposal(program, values, status, 0, time.perf_counter() - started)
+
+
+def check_cvxpy(solver: str) -> None:
+    """Raises ValueError, with the names that there are, for a solver that cvxpy does not find."""
+    known = _module("cvxpy").installed_solvers()
+    if solver.upper() not in known:
+        others = ", ".join(sorted(known))
+        raise ValueError(f"no solver {solver!r} is installed; there are newton, first-order, closed-form, rescaled, scs, clarabel and, by cvxpy, {others}")
 
 
 def _module(name: str) -> Any:

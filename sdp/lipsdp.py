@@ -24,6 +24,12 @@ MULTIPLIERS = ("neuron", "layer")
 _BLENDS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3)  # towards multipliers that are well inside the cone
 
 
+def check_solver(name: str) -> None:
+    """Raises ValueError for a solver that is not known, or not installed."""
+    if name not in (*OWN, *conic.DIRECT):
+        conic.check_cvxpy(name)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Solution:
     """`bound` is proved, whatever the solver says; `claimed` is what the solver believes, and may be below the truth."""
@@ -70,6 +76,8 @@ def lipsdp(
     if start is not None:
         inside = _better(goal, inside, start)
     asked = _propose(reduced, goal, solver, inside, groups, tolerance, seconds, report)
+    if start is not None and solver == "closed-form":
+        asked = min(asked, Proposal(start, goal.lipschitz(goal.smallest_gain(start)), "closed form", 0, math.inf, 0.0), key=lambda made: made.claimed)
     return _proved(system, [asked, *_within(goal, asked, inside)], norm)
 
 

@@ -1,0 +1,153 @@
+"""`LipSDP(...)`: the Lipschitz constant of a whole network by a semidefinite program, solved by `sdp` and proved there."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+import sdp
+from certify.bound import Array, Assumption, Bound, Domain, Everywhere
+from certify.errors import CertifyError
+from certify.graph import Graph
+from certify.lure import Wired, wire
+from certify.methods import Layerwise, LipschitzMethod
+from certify.rounding import multiply_up, up
+from sdp import LureSystem, Progress, Solution
+from sdp.lipsdp import MULTIPLIERS, check_solver
+
+Report = Callable[[str, Progress], None]  # what is being solved ("network", "outputs 3 - 7", ...), and how far
+
+
+@dataclasses.dataclass(frozen=True)
+class LipSDP(LipschitzMethod):
+    """LipSDP (Fazlyab et al. 2019) with one multiplier per nonlinearity: at most the product of the layers' norms, and often several times less.
+
+    `norm` is that of the inputs: 2 (to l2), 1 (to l2), or inf (each output, so to l-infinity). On a Ball or a Box the slopes are those that the activations
+    have there, and what does not bend there is eliminated. `pairs` bounds each difference of two outputs by a program of its own, which gives larger radii than
+    `sqrt(2) L`; with `pairs=False` that is what stands in their place. MaxMin, GroupSort, Householder and max pools are one ReLU per comparator, which is never
+    looser than the constraints published for them (Pauli et al. 2024). Whatever the solver says, the bound is what `sdp.prove` proves from its multipliers, and
+    never above the product of the layers. Ctrl-C ends the solver, and what it reached is proved.
+    """
+
+    solver: str = "newton"  # see sdp.lipsdp
+    multipliers: str = "neuron"  # or "layer"
+    norm: float = 2
+    pairs: bool = True
+    tolerance: float = 1e-7
+    seconds: float = math.inf  # of each program
+    report: Report | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.norm not in (1, 2, math.inf):
+            raise CertifyError(f"LipSDP bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
+        if self.multipliers not in MULTIPLIERS:
+            raise CertifyError(
+                f"multipliers are 'neuron' or 'layer', got {self.multipliers!r}; couplings of neurons ('network') are not sound (docs/lipsdp.md)"
+            )
+        if not 0 < self.tolerance < 1 or not self.seconds > 0:
+            raise CertifyError(f"a tolerance between 0 and 1 and a positive time are needed, got {self.tolerance:g} and {self.seconds:g} seconds")
+        try:
+            check_solver(self.solver)
+        except ValueError as error:
+            raise CertifyError(str(error)) from None
+
+    def bound(self, graph: Graph, domain: Domain) -> Bound:
+        layers = Layerwise().bound(graph, Everywhere())
+        wired = wire(graph, domain)
+        found = _Solved(self, wired)
+        value = found.value()
+        if not math.isfinite(value) and self.norm != 2:
+            raise CertifyError(f"no multipliers could be proved ({found.status}); take another solver, or l2")
+        used = min(value, layers.value) if self.norm == 2 else value
+        pairs = found.pairs(used) if len(wired.system.output) > 1 else None
+        if pairs is not None and layers.pairs is not None and self.norm == 2:
+            pairs = np.minimum(pairs, layers.pairs)
+        return Bound(
+            value=used,
+            method=repr(self),
+            norm=(self.norm, math.inf if self.norm == math.inf else 2),
+            domain=domain,
+            assumptions=layers.assumptions | {Assumption.FLOAT64_LINALG},
+            evidence={
+                "multipliers": found.multipliers,
+                "status": found.status,
+                "claimed": found.claimed,
+                "gap": found.gap,
+                "layerwise": layers.value,
+                "nonlinearities": wired.system.count,
+                "eliminated": wired.wiring.fixed,
+                "leaves": wired.leaves,
+                "wired": wired,
+            },
+            parts=layers.parts if used < value else (),
+            pairs=pairs,
+        )
+
+
+class _Solved:
+    """The programs of one network, solved one after the other until Ctrl-C."""
+
+    def __init__(self, method: LipSDP, wired: Wired) -> None:
+        self.method, self.system, self.given = method, wired.system, wired.given
+        self.multipliers: Array | None = None
+        self.status, self.claimed, self.gap = "nothing to solve", math.nan, math.inf
+
+    def value(self) -> float:
+        """The constant of the network, by the worst of its programs."""
+        worst = 0.0
+        for what, system in self._programs():
+            solution = self._solve(what, system, self.given)
+            if solution.bound >= worst:
+                worst, self.multipliers, self.claimed, self.gap = solution.bound, solution.multipliers, solution.claimed, solution.gap
+            self.status = solution.status if self.status != "interrupted" else self.status
+        return worst
+
+    def _programs(self) -> Iterator[tuple[str, LureSystem]]:
+        system = self.system
+        if self.method.norm == 2:
+            yield "network", system
+        elif self.method.norm == 1:
+            for i in range(system.inputs):
+                yield f"input {i}", system.along(i)
+        else:
+            for k in range(len(system.output)):
+                error = None if system.output_error is None else system.output_error[k : k + 1]
+                yield f"output {k}", system.with_output(system.output[k : k + 1], error)
+
+    def pairs(self, value: float) -> Array:  # (outputs, outputs)
+        """A constant for each difference of two outputs: of its own program, or what follows from that of the network."""
+        outputs = len(self.system.output)
+        factor = 2.0 if self.method.norm == math.inf else up(math.sqrt(2))
+        found = np.full((outputs, outputs), multiply_up(factor, value))
+        np.fill_diagonal(found, 0.0)
+        if not self.method.pairs:
+            return found
+        for i, j in itertools.combinations(range(outputs), 2):
+            system = self.system.difference(i, j)
+            parts = [system] if self.method.norm != 1 else [system.along(k) for k in range(system.inputs)]
+            worst = 0.0
+            for part in parts:
+                if self.status == "interrupted":
+                    return found
+                solution = self._solve(f"outputs {i} - {j}", part, None)
+                self.status = solution.status if solution.status == "interrupted" else self.status
+                worst = max(worst, solution.bound)
+            found[i, j] = found[j, i] = min(float(found[i, j]), worst)
+        return found
+
+    def _solve(self, what: str, system: LureSystem, start: Array | None) -> Solution:
+        report = self.method.report
+        return sdp.lipsdp(
+            system,
+            self.method.solver,
+            norm=math.inf if self.method.norm == math.inf else 2,
+            multipliers=self.method.multipliers,
+            start=start if self.method.norm == 2 else None,
+            tolerance=self.method.tolerance,
+            seconds=self.method.seconds,
+            report=None if report is None else lambda progress: report(what, progress),
+        )
