@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from certify.errors import StaleBound as StaleBound
     from certify.errors import Unsupported as Unsupported
     from certify.graph import Graph as Graph
+    from certify.lipsdp import LipSDP as LipSDP
     from certify.margins import Margin as Margin
     from certify.margins import robustness as robustness
     from certify.methods import Layerwise as Layerwise
@@ -35,6 +36,7 @@ _HOME = {
     "Certificate": "certificate",
     "CertifyError": "errors", "StaleBound": "errors", "Unsupported": "errors",
     "Graph": "graph",
+    "LipSDP": "lipsdp",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
     "Margin": "margins", "robustness": "margins",

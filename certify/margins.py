@@ -32,7 +32,8 @@ class RobustnessMethod(abc.ABC):
 class Margin(RobustnessMethod):
     """`radius = min_j (z_i - z_j) / K_ij`, i the predicted class, K the constants of a proved bound (Tsuzuku, Sato & Sugiyama 2018).
 
-    K_ij are the bound's own pair constants where its last layer is linear, and `sqrt(2) L` otherwise. Logits are those of the frozen network in float64.
+    K_ij are the bound's own pair constants where it has them; otherwise `sqrt(2) L` for a bound to l2, `2 L` to l-infinity. Logits are those of the frozen
+    network in float64.
     A tie gives radius 0; logits that are not finite give no prediction. The bound must hold everywhere and belong to the very numbers of the network.
     """
 
@@ -44,8 +45,8 @@ class Margin(RobustnessMethod):
     def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:
         if not isinstance(self.bound, Bound):
             raise TypeError(f"Margin needs a proved Bound, got {type(self.bound).__name__}; an estimate cannot certify anything")
-        if self.bound.norm[1] != 2 or not isinstance(self.bound.domain, Everywhere):
-            raise CertifyError(f"Margin needs a bound from some l_p to l2 that holds everywhere, got {self.bound.norm} on {self.bound.domain}")
+        if self.bound.norm[1] not in (2, math.inf) or not isinstance(self.bound.domain, Everywhere):
+            raise CertifyError(f"Margin needs a bound from some l_p to l2 or l-infinity that holds everywhere, got {self.bound.norm} on {self.bound.domain}")
         graph = Graph.of(net, tuple(inputs.shape[1:]))
         if self.bound.evidence.get("network") != graph.digest:
             raise StaleBound(str(self.bound.evidence.get("network")), graph.digest)
@@ -78,7 +79,7 @@ class Margin(RobustnessMethod):
 
     def _constants(self, classes: int) -> Array:
         """K, with the diagonal and equal rows at the smallest positive number (a margin that cannot change has an infinite radius)."""
-        fallback = np.full((classes, classes), up(up(math.sqrt(2)) * self.bound.value))
+        fallback = np.full((classes, classes), up((up(math.sqrt(2)) if self.bound.norm[1] == 2 else 2.0) * self.bound.value))
         pairs = fallback if self.bound.pairs is None else self.bound.pairs
         return np.maximum(pairs, np.finfo(np.float64).tiny)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 _CENTRED = 0.9  # Newton decrement; the gap that is read off is valid below 1
+_REACH = 5.0  # decrement after tau grows: longer strides stray from the path, and cost more steps than they save
 
 
 class Barrier(Protocol):
@@ -31,6 +32,10 @@ class Barrier(Protocol):
     @property
     def norm(self) -> float:
         """Of the inputs, 2 or inf."""
+
+    @property
+    def guarded(self) -> NDArray[np.bool_]:
+        """The multipliers whose sign the matrix does not keep by itself: only these get a barrier of their own, as each one makes the path longer."""
 
     def factor(self, rho: float, multipliers: Array) -> Any:
         """A Cholesky factor of P, or None where P is not positive definite."""
@@ -79,7 +84,7 @@ def newton(
     seconds: float = math.inf,
     report: Report | None = None,
 ) -> Proposal:
-    """Minimise `tau rho - log det P(rho, t) - sum log t` for growing tau.
+    """Minimise `tau rho - log det P(rho, t) - sum log t` for growing tau, the last sum over multipliers that P does not keep positive by itself.
 
     Near the path rho is within `(size + multipliers + decrement sqrt) / tau` of the optimum. Ctrl-C ends with what was reached.
     Raises ValueError for a start that is not strictly feasible.
@@ -90,12 +95,13 @@ def newton(
     state = _State.at(program, start[0], start[1])
     if state is None:
         raise ValueError("the start of Newton's method must be strictly feasible")
-    total = program.size + len(first)
+    guarded = program.guarded[first]
+    total = program.size + int(guarded.sum())
     tau, gap, status, done = total / max(state.rho, 1e-300), math.inf, "iteration limit", 0
     tries_left = 3
     try:
         for done in range(iterations):
-            steps = _steps(program, state, labels, first)
+            steps = _steps(program, state, labels, first, guarded)
             if steps is None:
                 status = "stalled"
                 break
@@ -113,7 +119,7 @@ def newton(
                 status = "time limit"
                 break
             step = centring - tau * along_rho
-            moved = _search(program, state, step, first, tau, decrement_of(tau))
+            moved = _search(program, state, step, first[guarded], tau, decrement_of(tau))
             if moved is None:
                 tries_left -= 1
                 if not tries_left:
@@ -148,13 +154,13 @@ class _State:
         return float(tau * self.rho - program.log_det(self.factor) - np.log(self.multipliers[first]).sum())
 
 
-def _steps(program: Barrier, state: _State, labels: Labels, first: Labels) -> tuple[Array, Array, Callable[[float], float]] | None:
+def _steps(program: Barrier, state: _State, labels: Labels, first: Labels, guarded: NDArray[np.bool_]) -> tuple[Array, Array, Callable[[float], float]] | None:
     """The Newton step is `b - tau a` in (rho, t): a, b and the decrement as a function of tau."""
     gradient, hessian = program.derivatives(state.factor)
     spread = np.concatenate([[0], 1 + labels])
     gradient, hessian = _grouped(gradient, spread), _grouped(_grouped(hessian, spread).T, spread)
-    multipliers, diagonal = state.multipliers[first], np.arange(1, len(first) + 1)
-    gradient[1:] += 1 / multipliers
+    multipliers, diagonal = state.multipliers[first[guarded]], 1 + np.flatnonzero(guarded)
+    gradient[diagonal] += 1 / multipliers
     hessian[diagonal, diagonal] += 1 / multipliers**2
     scale = np.sqrt(np.diagonal(hessian))
     if not (np.isfinite(hessian).all() and (scale > 0).all()):
@@ -177,8 +183,8 @@ def _steps(program: Barrier, state: _State, labels: Labels, first: Labels) -> tu
 def _next(tau: float, decrement: Callable[[float], float]) -> float:
     """A larger tau: 8 times, or as much as keeps the next step within reach."""
     factor = 8.0
-    while factor > 1.5 and decrement(tau * factor) > 30.0:
-        factor /= 1.5
+    while factor > 1.1 and decrement(tau * factor) > _REACH:
+        factor **= 0.8
     return tau * factor
 
 

@@ -38,6 +38,13 @@ class Program:
         """Of the multipliers."""
         return len(self.left)
 
+    @property
+    def guarded(self) -> NDArray[np.bool_]:
+        """The multipliers that no entry of the diagonal keeps positive: one to which no other adds anything, as for every ReLU of a feed-forward network."""
+        diagonal = self.left * self.right
+        alone = (np.count_nonzero(diagonal, axis=0) == 1) & (self.gain == 0) & (np.diagonal(self.constant) <= 0)
+        return ~((diagonal > 0) & alone).any(axis=1)
+
     def matrix(self, rho: float, multipliers: Array) -> Array:
         """What has to be positive semidefinite."""
         half = self.left.T @ (multipliers[:, None] * self.right)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 from certify.text import parse_radius
 
 if TYPE_CHECKING:
+    from certify.lipsdp import LipSDP, Report
     from certify.smoothing.schedule import Procedure
 
 DEFAULT_RADII = ("36/255", "72/255", "108/255")
@@ -19,6 +21,36 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL and --input-shape."""
     parser.add_argument("model", metavar="MODEL", help="net.safetensors, pkg.module:factory or ./file.py:factory (the last two run that code)")
     parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="the shape of one input, for a model that does not carry it")
+
+
+def add_lipsdp(group: argparse._ArgumentGroup) -> None:
+    """The options of LipSDP."""
+    group.add_argument("--norm", choices=["1", "2", "inf"], default="2", help="of the inputs (default 2); 1 and 2 to l2, inf to l-infinity")
+    group.add_argument(
+        "--solver",
+        default="newton",
+        metavar="NAME",
+        help="newton (default), first-order, closed-form, rescaled, scs, clarabel, or one that cvxpy finds (MOSEK, SDPA, ...); the proof is always ours",
+    )
+    group.add_argument("--multipliers", choices=["neuron", "layer"], default="neuron", help="one for each nonlinearity (default) or one for each layer")
+    group.add_argument("--no-pairs", action="store_true", help="no program for each difference of two outputs (faster, smaller radii)")
+    group.add_argument("--tolerance", type=float, default=1e-7, metavar="T", help="relative gap at which the solver may stop (default 1e-7)")
+    group.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="time limit of each program; what it reached is proved")
+
+
+def lipsdp(args: argparse.Namespace, report: Report | None) -> LipSDP:
+    """The method that these options are."""
+    from certify.lipsdp import LipSDP
+
+    return LipSDP(
+        solver=args.solver,
+        multipliers=args.multipliers,
+        norm=float(args.norm),
+        pairs=not args.no_pairs,
+        tolerance=args.tolerance,
+        seconds=args.seconds,
+        report=report,
+    )
 
 
 def add_radii(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console
+from rich.text import Text
 
 _EVERY = 10.0  # seconds between plain progress lines where there is no terminal
 
@@ -34,6 +35,31 @@ def print_json(value: Mapping[str, Any]) -> None:
 def warn(message: str) -> None:
     """A warning in one line on stderr."""
     sys.stderr.write(f"certify: warning: {message}\n")
+
+
+class Say(Protocol):
+    """Says where a long computation is, in one line."""
+
+    def __call__(self, text: str) -> None:
+        """Replace what was said before."""
+
+
+@contextmanager
+def live() -> Iterator[Say]:
+    """A line that changes on a terminal; a plain line every few seconds otherwise."""
+    if sys.stderr.isatty():
+        with Console(stderr=True, highlight=False).status("") as status:
+            yield lambda text: status.update(Text(text))
+        return
+    last = time.monotonic()
+
+    def say(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > _EVERY:
+            last = time.monotonic()
+            sys.stderr.write(f"{text}\n")
+
+    yield say
 
 
 @contextmanager

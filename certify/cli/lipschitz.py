@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model
+from certify.cli.arguments import add_json, add_lipsdp, add_model, lipsdp, radius
 
 if TYPE_CHECKING:
-    from certify.bound import Bound
+    from certify.bound import Bound, Domain
+    from certify.methods import LipschitzMethod
+    from certify.models import Model
+    from sdp import Progress
 
-HELP = "Prove a Lipschitz constant of a model, l2 to l2, everywhere."
-EPILOG = "example:\n  certify lipschitz runs/demo/bro.safetensors --layers"
+HELP = "Prove a Lipschitz constant of a model, everywhere or around one input."
+EPILOG = """examples:
+  certify lipschitz runs/demo/bro.safetensors --layers
+  certify lipschitz net.safetensors --method lipsdp
+  certify lipschitz net.safetensors --method lipsdp --norm inf --around digits --index 3 --radius 0.1"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, the method and what to print."""
     add_model(parser)
-    parser.add_argument("--method", choices=["layerwise"], default="layerwise", help="layerwise: products along chains, sums over branches")
+    parser.add_argument(
+        "--method",
+        choices=["layerwise", "lipsdp"],
+        default="layerwise",
+        help="layerwise: products along chains, sums over branches; lipsdp: a semidefinite program over the whole network, never looser (docs/lipsdp.md)",
+    )
+    add_lipsdp(parser.add_argument_group("with --method lipsdp"))
+    around = parser.add_argument_group("with --method lipsdp, around one input")
+    around.add_argument("--around", metavar="DATA", help="a data set: the bound is for the ball around one of its inputs")
+    around.add_argument("--index", type=int, default=0, metavar="I", help="which input (default 0)")
+    around.add_argument("--radius", type=radius, metavar="R", help="of the ball, in the norm of --norm")
     parser.add_argument("--layers", action="store_true", help="print the bound of each layer too")
     add_json(parser)
 
@@ -26,33 +43,109 @@ def run(args: argparse.Namespace) -> int:
     """Print the bound, rounded up, with what it assumes."""
     from certify import models
     from certify.cli.console import out, print_json
-    from certify.methods import Layerwise, lipschitz
     from certify.text import up_text
 
     model = models.load(args.model, args.input_shape)
-    bound = lipschitz(model.net, Layerwise(), input_shape=model.shape)
+    domain, where = _domain(args, model)
+    bound = _bound(args, model, domain)
     if args.json:
-        print_json({"model": model.spec, "sha256": model.sha256, "bound": bound_json(bound)})
+        about = bound_json(bound)
+        print_json({"model": model.spec, "sha256": model.sha256, "bound": {**about, "domain": where} if args.around else about})
         return 0
     console = out()
-    console.print(f"{model.spec}   Lipschitz constant at most {up_text(bound.value)} (l2 to l2, everywhere; proof, {bound.method})", soft_wrap=True)
+    p, q = bound.norm
+    how = bound.method if args.method == "layerwise" else _lipsdp_text(bound)
+    console.print(f"{model.spec}   Lipschitz constant at most {up_text(bound.value)} (l{p:g} to l{q:g}, {where}; proof, {how})", soft_wrap=True, markup=False)
     if bound.pairs is not None:
         console.print(f"  differences of two outputs: at most {up_text(float(bound.pairs.max()))}")
     if args.layers:
-        for depth, part in bound.table():
-            console.print(f"  {'  ' * depth + (part.name or '-'):<12} {up_text(part.value):<14} {part.method}", markup=False)
+        for line in _layers(args, model, bound):
+            console.print(line, markup=False, soft_wrap=True)
     for assumption in sorted(bound.assumptions, key=lambda a: a.name):
         console.print(f"  assumes {assumption.name}: {assumption.value}", soft_wrap=True)
     return 0
 
 
+def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
+    """By the method that was asked for, with its progress."""
+    from certify.cli.console import live
+    from certify.methods import Layerwise, lipschitz
+
+    if args.method == "layerwise":
+        return lipschitz(model.net, Layerwise(), input_shape=model.shape, domain=domain)
+    with live() as say:
+        method: LipschitzMethod = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
+        return lipschitz(model.net, method, input_shape=model.shape, domain=domain)
+
+
+def _domain(args: argparse.Namespace, model: Model) -> tuple[Domain, str]:
+    """Where the bound is to hold, and that in words. Raises CertifyError for what does not go together."""
+    from certify import data
+    from certify.bound import Ball, Everywhere
+    from certify.errors import CertifyError
+
+    if args.around is None:
+        if args.radius is not None:
+            raise CertifyError("--radius is of a ball around an input; name the data set with --around, such as --around digits --index 3")
+        return Everywhere(), "everywhere"
+    if args.method != "lipsdp" or args.radius is None:
+        raise CertifyError("--around needs --method lipsdp and --radius R; layer by layer there is no local bound")
+    dataset = data.load(args.around, model.shape)
+    if not 0 <= args.index < len(dataset):
+        raise CertifyError(f"{args.around} has the inputs 0 to {len(dataset) - 1}, got --index {args.index}")
+    p = float(args.norm)
+    return Ball(dataset.inputs[args.index].astype("float64"), args.radius, p), f"within {args.radius:g} of input {args.index} of {args.around} in l{p:g}"
+
+
+def progress_text(what: str, progress: Progress) -> str:
+    """One line of a solver's progress."""
+    gap = f"within {100 * progress.gap:.2g} % of the optimum" if math.isfinite(progress.gap) else "not near the optimum yet"
+    return f"{what}: step {progress.iteration}, {progress.lipschitz:.6g}, {gap}, {progress.seconds:.0f} s (Ctrl-C proves what there is)"
+
+
+def _lipsdp_text(bound: Bound) -> str:
+    """How the number came about."""
+    from certify.text import up_text
+
+    about = bound.evidence
+    parts = [f"LipSDP with {about['nonlinearities']} nonlinearities", str(about["status"])]
+    if about["eliminated"]:
+        parts.append(f"{about['eliminated']} that do not bend there")
+    if math.isfinite(about["gap"]):
+        parts.append(f"within {100 * about['gap']:.1g} % of the program's optimum")
+    parts.append(f"layer by layer, everywhere and from l2, {up_text(about['layerwise'])}")
+    return ", ".join(parts)
+
+
+def _layers(args: argparse.Namespace, model: Model, bound: Bound) -> list[str]:
+    """A table of the layers: each alone, and what LipSDP gave to it."""
+    from certify.graph import Graph
+    from certify.methods import Layerwise
+    from certify.text import up_text
+
+    if args.method == "layerwise":
+        return [f"  {'  ' * depth + (part.name or '-'):<12} {up_text(part.value):<14} {part.method}" for depth, part in bound.table()]
+    from certify.bound import Everywhere
+
+    alone = Layerwise().bound(Graph.of(model.net, model.shape), Everywhere())
+    leaves = {name: (first, last) for name, first, last in bound.evidence["leaves"]}
+    multipliers = bound.evidence["multipliers"]
+    lines = [f"  {'layer':<12} {'alone':<14} {'nonlinearities':<15} multipliers"]
+    for depth, part in alone.table():
+        first, last = leaves.get(part.name, (0, 0))
+        some = None if multipliers is None or first == last else multipliers[first:last]
+        spread = "-" if some is None else f"{some.min():.3g} to {some.max():.3g}"
+        lines.append(f"  {'  ' * depth + (part.name or '-'):<12} {up_text(part.value):<14} {last - first:<15} {spread}")
+    return lines
+
+
 def bound_json(bound: Bound) -> dict[str, Any]:
     """A bound as plain data; the value both as a number and exactly, in hexadecimal."""
-    return {
+    about: dict[str, Any] = {
         "value": bound.value,
         "hex": bound.value.hex(),
         "method": bound.method,
-        "norm": list(bound.norm),
+        "norm": [f"{p:g}" if math.isinf(p) else p for p in bound.norm],
         "domain": repr(bound.domain),
         "assumptions": sorted(assumption.name for assumption in bound.assumptions),
         "network": bound.evidence.get("network"),
@@ -61,3 +154,12 @@ def bound_json(bound: Bound) -> dict[str, Any]:
             {"name": part.name, "type": part.evidence.get("module"), "depth": depth, "value": part.value, "how": part.method} for depth, part in bound.table()
         ],
     }
+    if "status" in bound.evidence:
+        numbers = {key: bound.evidence[key] for key in ("claimed", "gap", "layerwise")}
+        about["lipsdp"] = {
+            "status": bound.evidence["status"],
+            **{key: value if math.isfinite(value) else None for key, value in numbers.items()},
+            "nonlinearities": bound.evidence["nonlinearities"],
+            "eliminated": bound.evidence["eliminated"],
+        }
+    return about
