@@ -43,9 +43,19 @@ class Chain:
         weights = tuple(np.ascontiguousarray(block[:, columns[k]]) for k, block in enumerate(blocks))
         return cls(weights, tuple(system.lower[place] for place in places), tuple(system.upper[place] for place in places), tuple(places))
 
-    def part(self, first: int, last: int) -> Chain:
-        """From the input of layer `first` to the output of matrix `last`."""
-        return Chain(self.weights[first : last + 1], self.lower[first:last], self.upper[first:last], self.places[first:last])
+    def parts(self, size: int) -> list[Chain]:
+        """Consecutive networks that compose to this one, cut behind nonlinearities, each with at most so many signals (or one layer)."""
+        cuts, signals = [0], self.weights[0].shape[1]
+        for k, lower in enumerate(self.lower):
+            if signals + len(lower) > size and k > cuts[-1]:
+                cuts.append(k)
+                signals = len(self.lower[k - 1])
+            signals += len(lower)
+        made = []
+        for first, last in itertools.pairwise([*cuts, len(self.lower)]):
+            end = self.weights[last] if last == len(self.lower) else np.eye(len(self.lower[last - 1]))
+            made.append(Chain((*self.weights[first:last], end), self.lower[first:last], self.upper[first:last], self.places[first:last]))
+        return made
 
     def system(self) -> LureSystem:
         """The chain as a system of its own, its nonlinearities in the order of the layers."""
@@ -65,6 +75,17 @@ class Chain:
         for place, part in zip(self.places, parts, strict=True):
             made[place] = part
         return made
+
+
+def composed(
+    solutions: Sequence[tuple[Array, float]],  # of consecutive networks: multipliers, in the order of their nonlinearities, and rho
+) -> Array:
+    """Multipliers of the composition, which is proved by them with the product of all rho: those of each part times the rho of all that follow."""
+    later, made = 1.0, []
+    for multipliers, rho in reversed(solutions):
+        made.append(multipliers * later)
+        later *= rho
+    return np.concatenate(made[::-1])
 
 
 def rescaled_product(chain: Chain, iterations: int = 200) -> tuple[Array, ...]:

@@ -68,7 +68,9 @@ def check_cvxpy(solver: str) -> None:
     known = _module("cvxpy").installed_solvers()
     if solver.upper() not in known:
         others = ", ".join(sorted(known))
-        raise ValueError(f"no solver {solver!r} is installed; there are newton, first-order, closed-form, rescaled, scs, clarabel and, by cvxpy, {others}")
+        raise ValueError(
+            f"no solver {solver!r} is installed; there are newton, first-order, split, closed-form, rescaled, scs, clarabel and, by cvxpy, {others}"
+        )
 
 
 def _module(name: str) -> Any:

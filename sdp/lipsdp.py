@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sdp import conic
-from sdp.chain import Chain, first_order, rescaled_product
+from sdp.chain import Chain, composed, first_order, rescaled_product
 from sdp.lure import LureSystem
 from sdp.newton import Proposal, Report, newton
 from sdp.program import Program, program
@@ -19,7 +20,8 @@ from sdp.start import closed_form, feasible, levels
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
-OWN = ("newton", "first-order", "closed-form", "rescaled")
+OWN = ("newton", "first-order", "split", "closed-form", "rescaled")
+_PART = 400  # signals of a part of a network that is split
 MULTIPLIERS = ("neuron", "layer")
 _BLENDS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3)  # towards multipliers that are well inside the cone
 
@@ -57,11 +59,11 @@ def lipsdp(
 ) -> Solution:
     """A proved Lipschitz constant of a system by LipSDP, from l2 (to l2), or from l-infinity for one output.
 
-    Solvers: `newton` (the default), `first-order` (for wide chains), `closed-form` (the multipliers of ECLipsE-Fast: cheap, loose), `rescaled` (those of the
-    product of norms under the best diagonal scaling), `scs`, `clarabel`, or the name of any solver that cvxpy finds. Multipliers are one per nonlinearity
-    (`neuron`) or per level (`layer`): both are sound. Couplings between nonlinearities ("LipSDP-Network") are not, and are not offered. `start` are multipliers
-    to begin from, where the solver can. A solver that does not converge costs tightness, never truth: its multipliers are pushed into the cone, or the closed
-    form is proved instead. Raises ValueError for names that are not known.
+    Solvers: `newton` (the default), `first-order` (for wide chains), `split` (Newton's method on consecutive parts of a deep chain), `closed-form` (the
+    multipliers of ECLipsE-Fast: cheap, loose), `rescaled` (those of the product of norms under the best diagonal scaling), `scs`, `clarabel`, or the name of
+    any solver that cvxpy finds. Multipliers are one per nonlinearity (`neuron`) or per level (`layer`): both are sound. Couplings between nonlinearities
+    ("LipSDP-Network") are not, and are not offered. `start` are multipliers to begin from, where the solver can. A solver that does not converge costs
+    tightness, never truth: its multipliers are pushed into the cone, or the closed form is proved instead. Raises ValueError for names that are not known.
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
@@ -114,9 +116,28 @@ def _propose(
     if solver == "rescaled":
         found = chain.spread(rescaled_product(chain))
         return Proposal(found, goal.lipschitz(goal.smallest_gain(found)), "rescaled product", 0, math.inf, time.perf_counter() - began)
+    if solver == "split":
+        return _split(chain, goal, tolerance, seconds, report)
     t = closed_form(system)
     parts, claimed = first_order(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
     return Proposal(chain.spread(parts), claimed, "first order", 0, math.inf, time.perf_counter() - began)
+
+
+def _split(chain: Chain, goal: Program, tolerance: float, seconds: float, report: Report | None) -> Proposal:
+    """The multipliers of consecutive parts, each solved by Newton's method with what is left of the time."""
+    began, solutions = time.perf_counter(), []
+    for part in chain.parts(_PART):
+        system = part.system()
+        program_of = program(system)
+        inside = feasible(system, program_of)
+        if inside is None:
+            raise AssertionError("a part of a feed-forward network has no closed form; please report this")
+        left = max(seconds - (time.perf_counter() - began), 0.0)
+        found = newton(program_of, inside, tolerance=tolerance, seconds=left, report=report)
+        solutions.append((found.multipliers * (1 + 1e-9), found.claimed**2 * (1 + 1e-8)))
+    whole, ends = composed(solutions), np.cumsum([0, *(len(place) for place in chain.places)])
+    multipliers = chain.spread([whole[a:b] for a, b in itertools.pairwise(ends)])
+    return Proposal(multipliers, goal.lipschitz(goal.smallest_gain(multipliers)), f"{len(solutions)} parts", 0, math.inf, time.perf_counter() - began)
 
 
 def _grouped_start(goal: Program, rho: float, multipliers: Array, groups: Labels) -> tuple[float, Array]:

@@ -30,7 +30,7 @@ def add_lipsdp(group: argparse._ArgumentGroup) -> None:
         "--solver",
         default="newton",
         metavar="NAME",
-        help="newton (default), first-order, closed-form, rescaled, scs, clarabel, or one that cvxpy finds (MOSEK, SDPA, ...); the proof is always ours",
+        help="newton (default), first-order, split, closed-form, rescaled, scs, clarabel, or one that cvxpy finds (MOSEK, ...); the proof is always ours",
     )
     group.add_argument("--multipliers", choices=["neuron", "layer"], default="neuron", help="one for each nonlinearity (default) or one for each layer")
     group.add_argument("--no-pairs", action="store_true", help="no program for each difference of two outputs (faster, smaller radii)")
