@@ -22,7 +22,8 @@ from certify.smoothing.engine import Done, Engine, Forward, Source
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
 from certify.smoothing.noise import counts as counting
 from certify.smoothing.noise.counts import UNIT
-from certify.smoothing.noises import Gaussian, GaussianLinf, Noise
+from certify.smoothing.noise.other import Drawn
+from certify.smoothing.noises import Gaussian, GaussianLinf, Laplace, Noise, Uniform, UniformLinf
 from certify.smoothing.prepare import prepared, tried
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
 
@@ -32,9 +33,9 @@ class Smoothing(RobustnessMethod):
     """Randomized smoothing (Cohen, Rosenfeld & Kolter 2019): certificates of g, the class that the network gives most of the noisy copies of an input.
 
     Each certificate fails with probability at most `schedule.alpha`, over the noise that was drawn. It says that g does not change in the open ball; it says
-    nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is Gaussian to within a total variation that is taken from
-    p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they are, and the
-    certificate takes for granted that it is Gaussian. Noise depends on `seed`, the number of the input and the number of the copy alone:
+    nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is that of the noise to within a total variation that is taken
+    from p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they are, and
+    the certificate takes for granted that it has the law it should have. Noise depends on `seed`, the number of the input and the number of the copy alone:
     inputs are numbered from 0 in every call, so all certificates of two calls hold, but they are not independent.
 
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
@@ -54,8 +55,9 @@ class Smoothing(RobustnessMethod):
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.noise, Gaussian | GaussianLinf):
-            raise CertifyError(f"copies are drawn with Gaussian noise so far, got {self.noise!r}; its radius can be had from counts of your own (Procedure)")
+        if type(self.noise) not in _DRAWN:
+            drawn = ", ".join(sorted(kind.__name__ for kind in _DRAWN))
+            raise CertifyError(f"no copies are drawn with {self.noise!r}, but with {drawn}; its radius can be had from counts of your own (Procedure)")
         if self.batch is not None and not (isinstance(self.batch, int) and self.batch >= 1):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
         soft = self.scores.temperature if isinstance(self.scores, Softmax) else None
@@ -65,16 +67,17 @@ class Smoothing(RobustnessMethod):
         _ = self.copies, self._classifier  # refuse seeds, levels and sigmas that cannot be drawn, and constants that are not proved
 
     @property
-    def copies(self) -> Grid | Gauss:
-        """What is added to the inputs."""
-        sigma = self.noise.sigma  # type: ignore[attr-defined]
-        if self.levels is None:
-            return Gauss(sigma, self.seed)
-        return Grid(sigma, self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,))
+    def copies(self) -> Grid | Gauss | Drawn:
+        """What makes copies of the inputs."""
+        law, scale = _law(self.noise)
+        if self.levels is not None:
+            return Grid(scale, self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,), law=law)
+        return Gauss(scale, self.seed) if law == "gaussian" else Drawn(self.noise, self.seed)
 
     @property
     def _classifier(self) -> SmoothedClassifier:
-        noise = self.noise if self.levels is not None else dataclasses.replace(self.noise, sigma=float(np.float32(self.noise.sigma)))  # type: ignore
+        rounded = isinstance(self.copies, Gauss)  # its sigma is a float32
+        noise = dataclasses.replace(self.noise, sigma=float(np.float32(self.noise.sigma))) if rounded else self.noise  # type: ignore
         return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
     def rows(self, shape: Shape) -> int:
@@ -84,7 +87,7 @@ class Smoothing(RobustnessMethod):
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""
         classifier = self._classifier
-        if isinstance(self.noise, GaussianLinf) and self.noise.dimension != np.prod(shape):
+        if isinstance(self.noise, GaussianLinf | UniformLinf) and self.noise.dimension != np.prod(shape):
             raise CertifyError(f"{self.noise!r} is for inputs of {self.noise.dimension} entries, these have the shape {shape}")
         bound = self.bound or (ClopperPearson() if isinstance(self.scores, Hardmax) else EmpiricalBernstein())
         return Procedure(classifier, bound, self.schedule, target=self.target, tolerance=self.tolerance, distance=self._distance(int(np.prod(shape))))
@@ -92,11 +95,12 @@ class Smoothing(RobustnessMethod):
     def _distance(self, elements: int) -> float:
         """How far p_A and p_B of the copies may be from those of the classifier that the radius is of.
 
-        The law of the grid is that far from the Gaussian. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within 4 / UNIT of
-        them, for they are in fixed point (2 / UNIT) and made of rounded logits, and within `L sqrt(elements) / (2 levels)`, for a grid moves every entry by
-        half a step at most.
+        The law of the grid is that far from that of the noise. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within
+        4 / UNIT of them, for they are in fixed point (2 / UNIT) and made of rounded logits, and within `L sqrt(elements) / (2 levels)`, for a grid moves every
+        entry by half a step at most.
         """
-        distance = 0.0 if self.levels is None else total_variation(self.noise.sigma, elements, self.levels)  # type: ignore[attr-defined]
+        copies = self.copies
+        distance = total_variation(copies.sigma, elements, copies.levels, copies.law) if isinstance(copies, Grid) else 0.0
         if self.lipschitz is not None:
             slope = self.scores.lipschitz(self.lipschitz).value
             distance += (4 / UNIT + (0.0 if self.levels is None else slope * math.sqrt(elements) / (2 * self.levels))) * (1 + 1e-12)
@@ -105,7 +109,8 @@ class Smoothing(RobustnessMethod):
     @property
     def norm(self) -> float:
         """Of the radius."""
-        return np.inf if isinstance(self.noise, GaussianLinf) else 2.0
+        assert self.noise.norm is not None
+        return self.noise.norm
 
     @property
     def assumptions(self) -> frozenset[Assumption]:
@@ -117,11 +122,13 @@ class Smoothing(RobustnessMethod):
     def place(self, inputs: Array) -> tuple[Tensor, Array]:  # (N, *shape) -> channels last, and (N,)
         """The inputs as copies are made of them, and what is to be taken from each radius."""
         last = np.moveaxis(inputs, 1, -1) if inputs.ndim == 4 else inputs
+        if isinstance(self.copies, Drawn):
+            return torch.from_numpy(np.array(last, dtype=np.float64)), np.zeros(len(last))
         if self.levels is None:
             narrow = np.ascontiguousarray(last, dtype=np.float32)
             lost = np.abs(np.asarray(last, dtype=np.float64) - narrow).reshape(len(last), math.prod(last.shape[1:]))
             return torch.from_numpy(narrow), np.sqrt((lost * lost).sum(axis=1)) * (1 + 1e-9)
-        whole, apart = to_grid(last, self.levels)  # in l2, which the maximum norm is not above
+        whole, apart = to_grid(last, self.levels, norm=min(self.norm, 2.0))  # the maximum norm is not above l2
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
     def run(
@@ -133,7 +140,8 @@ class Smoothing(RobustnessMethod):
         procedure.start(classes)
         batch = self.rows(shape)
         slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
-        source = _Copies(self.copies, shape, slots, batch, device)
+        copies = self.copies
+        source: Source = _Drawn(copies, shape, slots, batch, device) if isinstance(copies, Drawn) else _Copies(copies, shape, slots, batch, device)
         yield from Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device).run(inputs)
 
     def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, int, tuple[str, ...]]:
@@ -189,6 +197,21 @@ class Smoothing(RobustnessMethod):
         )
 
 
+_DRAWN = (Gaussian, GaussianLinf, Laplace, Uniform, UniformLinf)
+
+
+def _law(noise: Noise) -> tuple[str, float]:
+    """The law of what is added to each entry, and its scale, as `Grid` takes them."""
+    match noise:
+        case Laplace(scale):
+            return "laplace", scale
+        case Uniform(half_width) | UniformLinf(half_width):
+            return "uniform", half_width
+        case Gaussian(sigma) | GaussianLinf(sigma):
+            return "gaussian", sigma
+    raise TypeError(f"{noise!r} is not added to the entries of an input; please report this")
+
+
 def _device(net: nn.Module) -> torch.device:
     return next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
 
@@ -216,3 +239,21 @@ class _Copies(Source):
     def draw(self, rows: np.ndarray) -> Tensor:
         noisy_rows(self.noise, self.images, torch.from_numpy(rows).to(self.device, non_blocking=True), out=self.out)
         return self.view
+
+
+class _Drawn(Source):
+    """Copies under any other noise, made by numpy and brought to the device."""
+
+    def __init__(self, noise: Drawn, shape: Shape, slots: int, batch: int, device: torch.device) -> None:
+        last = (*shape[1:], shape[0]) if len(shape) == 3 else shape
+        self.noise, self.device = noise, device
+        self.images = np.zeros((slots, *last))
+        self.out = np.empty((batch, *last), dtype=np.float32)
+
+    def hold(self, slot: int, image: Tensor) -> None:
+        self.images[slot] = image.numpy()
+
+    def draw(self, rows: np.ndarray) -> Tensor:
+        self.noise.copies(self.images, rows, self.out)
+        found = torch.from_numpy(self.out).to(self.device)
+        return found.permute(0, 3, 1, 2) if found.dim() == 4 else found
