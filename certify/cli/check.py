@@ -116,7 +116,7 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
         index = row["index"]
         if index not in selected or not 0 <= index < len(dataset):
             wrong.append(f"input {index} is not among those that were selected")
-        elif row.get("label") != dataset.labels[index] or row.get("guarantee") != "probabilistic" or row.get("norm") != f"{method.norm:g}":
+        elif row.get("label") != dataset.labels[index] or row.get("guarantee") != "probabilistic" or row.get("norm") != method.noise.unit:
             wrong.append(f"input {index}: label, guarantee or norm are not those of the data and the method")
         else:
             wrong += contradictions(row, procedure, manifest["smoothing"].get("classes"), off_grid(method, dataset.inputs[index]))

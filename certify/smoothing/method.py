@@ -107,9 +107,8 @@ class Smoothing(RobustnessMethod):
         return distance if distance == 0 else math.nextafter(distance, math.inf)
 
     @property
-    def norm(self) -> float:
-        """Of the radius."""
-        assert self.noise.norm is not None
+    def norm(self) -> float | None:
+        """Of the radius; None where that is no norm, but the measure of the noise."""
         return self.noise.norm
 
     @property
@@ -128,7 +127,7 @@ class Smoothing(RobustnessMethod):
             narrow = np.ascontiguousarray(last, dtype=np.float32)
             lost = np.abs(np.asarray(last, dtype=np.float64) - narrow).reshape(len(last), math.prod(last.shape[1:]))
             return torch.from_numpy(narrow), np.sqrt((lost * lost).sum(axis=1)) * (1 + 1e-9)
-        whole, apart = to_grid(last, self.levels, norm=min(self.norm, 2.0))  # the maximum norm is not above l2
+        whole, apart = to_grid(last, self.levels, norm=1.0 if self.norm == 1 else 2.0)  # the maximum norm is not above l2
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
     def run(
@@ -194,6 +193,7 @@ class Smoothing(RobustnessMethod):
             failure=self.schedule.alpha,
             assumptions=self.assumptions,
             seed=self.seed,
+            measure=self.noise.measure if self.norm is None else None,
         )
 
 

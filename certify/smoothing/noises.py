@@ -29,7 +29,12 @@ class Noise(abc.ABC):
     """A law of random perturbations; `radius` is what it certifies and `measure` in what."""
 
     measure: ClassVar[str]  # what the radius is a bound on, in words
-    norm: ClassVar[float | None] = None  # p, where that is the l_p norm of what is added to the input; None for a transform
+    norm: ClassVar[float | None] = None  # p, where that is the l_p norm of what is added to the input; None for pixels and transforms
+
+    @property
+    def unit(self) -> str:
+        """What results store as the norm of a radius: 1, 2 or inf for that l_p norm of what is added to the input, else the measure in words."""
+        return self.measure if self.norm is None else f"{self.norm:g}"
 
     @abc.abstractmethod
     def radius(self, p_lower: ArrayLike, p_upper: ArrayLike | None = None) -> Array:
@@ -143,7 +148,6 @@ class Ablation(Noise):
     keep: int
     dimension: int
     measure: ClassVar[str] = "number of changed pixels, inclusive"
-    norm: ClassVar[float | None] = 0.0
 
     def __post_init__(self) -> None:
         _check_count(self.dimension, "dimension")
