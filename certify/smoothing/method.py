@@ -22,8 +22,23 @@ from certify.smoothing.engine import Done, Engine, Forward, Source
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
 from certify.smoothing.noise import counts as counting
 from certify.smoothing.noise.counts import UNIT
-from certify.smoothing.noise.other import Drawn
-from certify.smoothing.noises import Gaussian, GaussianLinf, Laplace, Noise, Uniform, UniformLinf
+from certify.smoothing.noise.other import Drawn, seen
+from certify.smoothing.noises import (
+    Ablation,
+    Brightness,
+    Contrast,
+    ContrastBrightness,
+    CyclicTranslation,
+    FourierBlur,
+    Gamma,
+    Gaussian,
+    GaussianLinf,
+    Laplace,
+    LogNormalGamma,
+    Noise,
+    Uniform,
+    UniformLinf,
+)
 from certify.smoothing.prepare import prepared, tried
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
 
@@ -33,10 +48,13 @@ class Smoothing(RobustnessMethod):
     """Randomized smoothing (Cohen, Rosenfeld & Kolter 2019): certificates of g, the class that the network gives most of the noisy copies of an input.
 
     Each certificate fails with probability at most `schedule.alpha`, over the noise that was drawn. It says that g does not change in the open ball; it says
-    nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is that of the noise to within a total variation that is taken
-    from p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they are, and
-    the certificate takes for granted that it has the law it should have. Noise depends on `seed`, the number of the input and the number of the copy alone:
+    nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is that of the noise to within a total variation that is
+    taken from p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they
+    are, and the certificate takes for granted that it has the law it should have. What is not added (ablation, transforms) has no grid and needs
+    `levels=None`; nothing is clipped between an attack and the transform. Noise depends on `seed`, the number of the input and the number of the copy alone:
     inputs are numbered from 0 in every call, so all certificates of two calls hold, but they are not independent.
+
+    Under `Ablation` the network is given x and then 1 - x along the first axis, so twice the channels, and 0 in both where a pixel is hidden.
 
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
     """
@@ -69,10 +87,12 @@ class Smoothing(RobustnessMethod):
     @property
     def copies(self) -> Grid | Gauss | Drawn:
         """What makes copies of the inputs."""
-        law, scale = _law(self.noise)
-        if self.levels is not None:
-            return Grid(scale, self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,), law=law)
-        return Gauss(scale, self.seed) if law == "gaussian" else Drawn(self.noise, self.seed)
+        added = _law(self.noise)
+        if self.levels is None:
+            return Gauss(added[1], self.seed) if added is not None and added[0] == "gaussian" else Drawn(self.noise, self.seed)
+        if added is None:
+            raise CertifyError(f"{self.noise!r} is not added to inputs on a grid, it is applied to them as they are: take levels=None (--levels 0)")
+        return Grid(added[1], self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,), law=added[0])
 
     @property
     def _classifier(self) -> SmoothedClassifier:
@@ -87,6 +107,8 @@ class Smoothing(RobustnessMethod):
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""
         classifier = self._classifier
+        if isinstance(self.copies, Drawn):
+            self.copies.check(shape)
         if isinstance(self.noise, GaussianLinf | UniformLinf) and self.noise.dimension != np.prod(shape):
             raise CertifyError(f"{self.noise!r} is for inputs of {self.noise.dimension} entries, these have the shape {shape}")
         bound = self.bound or (ClopperPearson() if isinstance(self.scores, Hardmax) else EmpiricalBernstein())
@@ -100,7 +122,9 @@ class Smoothing(RobustnessMethod):
         entry by half a step at most.
         """
         copies = self.copies
-        distance = total_variation(copies.sigma, elements, copies.levels, copies.law) if isinstance(copies, Grid) else 0.0
+        distance = 0.0
+        if not isinstance(copies, Gauss):
+            distance = copies.distance() if isinstance(copies, Drawn) else total_variation(copies.sigma, elements, copies.levels, copies.law)
         if self.lipschitz is not None:
             slope = self.scores.lipschitz(self.lipschitz).value
             distance += (4 / UNIT + (0.0 if self.levels is None else slope * math.sqrt(elements) / (2 * self.levels))) * (1 + 1e-12)
@@ -116,12 +140,15 @@ class Smoothing(RobustnessMethod):
         """What the certificates take for granted."""
         always = {Assumption.RANDOM_BITS, Assumption.EVAL_MODE, Assumption.ROW_BY_ROW}
         of_bound = frozenset() if self.lipschitz is None else self.lipschitz.assumptions
-        return frozenset(always) | of_bound | (frozenset() if self.levels else {Assumption.FLOAT_NOISE})
+        copies = self.copies
+        exact = copies.exact if isinstance(copies, Drawn) else isinstance(copies, Grid)
+        return frozenset(always) | of_bound | (frozenset() if exact else {Assumption.FLOAT_NOISE})
 
     def place(self, inputs: Array) -> tuple[Tensor, Array]:  # (N, *shape) -> channels last, and (N,)
         """The inputs as copies are made of them, and what is to be taken from each radius."""
         last = np.moveaxis(inputs, 1, -1) if inputs.ndim == 4 else inputs
         if isinstance(self.copies, Drawn):
+            self.copies.check_values(inputs)
             return torch.from_numpy(np.array(last, dtype=np.float64)), np.zeros(len(last))
         if self.levels is None:
             narrow = np.ascontiguousarray(last, dtype=np.float32)
@@ -151,7 +178,7 @@ class Smoothing(RobustnessMethod):
         """
         device = _device(net)
         if self.lipschitz is None:
-            return prepared(net, shape, self.rows(shape), self.engine, device)
+            return prepared(net, seen(self.noise, shape), self.rows(shape), self.engine, device)
         graph = Graph.of(net, shape)
         if self.lipschitz.evidence.get("network") != graph.digest:
             raise StaleBound(str(self.lipschitz.evidence.get("network")), graph.digest)
@@ -197,11 +224,25 @@ class Smoothing(RobustnessMethod):
         )
 
 
-_DRAWN = (Gaussian, GaussianLinf, Laplace, Uniform, UniformLinf)
+_DRAWN = (
+    Gaussian,
+    GaussianLinf,
+    Laplace,
+    Uniform,
+    UniformLinf,
+    Ablation,
+    Brightness,
+    Contrast,
+    ContrastBrightness,
+    CyclicTranslation,
+    FourierBlur,
+    Gamma,
+    LogNormalGamma,
+)
 
 
-def _law(noise: Noise) -> tuple[str, float]:
-    """The law of what is added to each entry, and its scale, as `Grid` takes them."""
+def _law(noise: Noise) -> tuple[str, float] | None:
+    """The law of what is added to each entry, and its scale, as `Grid` takes them; None where nothing is."""
     match noise:
         case Laplace(scale):
             return "laplace", scale
@@ -209,7 +250,12 @@ def _law(noise: Noise) -> tuple[str, float]:
             return "uniform", half_width
         case Gaussian(sigma) | GaussianLinf(sigma):
             return "gaussian", sigma
-    raise TypeError(f"{noise!r} is not added to the entries of an input; please report this")
+    return None
+
+
+def _last(shape: Shape) -> Shape:
+    """Channels last."""
+    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
 
 def _device(net: nn.Module) -> torch.device:
@@ -227,7 +273,7 @@ class _Copies(Source):
     """Gaussian copies, on the grid or in float, in one buffer that is used again."""
 
     def __init__(self, noise: Grid | Gauss, shape: Shape, slots: int, batch: int, device: torch.device) -> None:
-        last = (*shape[1:], shape[0]) if len(shape) == 3 else shape
+        last = _last(shape)
         self.noise, self.device = noise, device
         self.images = torch.zeros(slots, *last, dtype=torch.int32 if isinstance(noise, Grid) else torch.float32, device=device)
         self.out = torch.empty(batch, *last, device=device)
@@ -245,10 +291,9 @@ class _Drawn(Source):
     """Copies under any other noise, made by numpy and brought to the device."""
 
     def __init__(self, noise: Drawn, shape: Shape, slots: int, batch: int, device: torch.device) -> None:
-        last = (*shape[1:], shape[0]) if len(shape) == 3 else shape
         self.noise, self.device = noise, device
-        self.images = np.zeros((slots, *last))
-        self.out = np.empty((batch, *last), dtype=np.float32)
+        self.images = np.zeros((slots, *_last(shape)))
+        self.out = np.empty((batch, *_last(seen(noise.noise, shape))), dtype=np.float32)
 
     def hold(self, slot: int, image: Tensor) -> None:
         self.images[slot] = image.numpy()

@@ -139,7 +139,7 @@ class UniformLinf(Noise):
 
 @dataclasses.dataclass(frozen=True)
 class Ablation(Noise):
-    """All but `keep` of `dimension` pixels are hidden, at random: the number of pixels that may change, all of them included (Levine & Feizi 2020).
+    """All but `keep` of `dimension` pixels, with all their channels, are hidden at random: the number of pixels that may change (Levine & Feizi 2020).
 
     The largest rho with `p_A - D > p_B + D`, D = 1 - C(dimension - rho, keep) / C(dimension, keep) the chance that a changed pixel is kept. The ball is
     closed: rho changed pixels are allowed.
