@@ -154,7 +154,7 @@ class Smoothing(RobustnessMethod):
             narrow = np.ascontiguousarray(last, dtype=np.float32)
             lost = np.abs(np.asarray(last, dtype=np.float64) - narrow).reshape(len(last), math.prod(last.shape[1:]))
             return torch.from_numpy(narrow), np.sqrt((lost * lost).sum(axis=1)) * (1 + 1e-9)
-        whole, apart = to_grid(last, self.levels, norm=1.0 if self.norm == 1 else 2.0)  # the maximum norm is not above l2
+        whole, apart = to_grid(last, self.levels, norm=self.norm or 2.0)
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
     def run(
@@ -239,6 +239,11 @@ _DRAWN = (
     Gamma,
     LogNormalGamma,
 )
+
+
+def on_grid(noise: Noise) -> bool:
+    """Whether it is added to the entries of an input, so that there is a grid for it."""
+    return _law(noise) is not None
 
 
 def _law(noise: Noise) -> tuple[str, float] | None:

@@ -234,8 +234,8 @@ def bfloat16_bits(y: Floats) -> NDArray[np.uint16]:
 
 
 def to_grid(inputs: ArrayLike, levels: int = 255, norm: float = 2.0) -> tuple[Integers, NDArray[np.float64]]:
-    """The nearest whole numbers X to `levels` times the inputs (N, ...), and the distances from X / levels (in l2, or l1), rounded up: to be taken from the
-    radius.
+    """The nearest whole numbers X to `levels` times the inputs (N, ...), and the distances from X / levels in this norm (1, 2 or inf), rounded up: to be
+    taken from the radius.
 
     The distance of a float32 image from the bytes it was made of is not 0, since k / 255 is not a float32 number: about 1e-8 for each element, in l2.
     Raises CertifyError for inputs that are not finite or too large.
@@ -246,5 +246,5 @@ def to_grid(inputs: ArrayLike, levels: int = 255, norm: float = 2.0) -> tuple[In
     nearest = np.rint(x * levels)
     # x levels, X / levels and their difference have errors below 2^-52 (|x| + 1/levels) each
     apart = np.abs(x - nearest / levels) + (np.abs(x) + 1 / levels) * 2.0**-51
-    distance = np.sum(apart.reshape(len(x), math.prod(x.shape[1:])) ** norm, axis=1) ** (1 / norm) * (1 + 1e-9)
+    distance = np.linalg.norm(apart.reshape(len(x), math.prod(x.shape[1:])), ord=norm, axis=1) * (1 + 1e-9)
     return nearest.astype(np.int32), distance
