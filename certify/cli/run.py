@@ -65,24 +65,22 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--levels", type=int, metavar="G", help="inputs are multiples of 1/G (default 255); 0: as they are, and noise is float (what is not added has no grid)"
     )
-    group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default) or softmax:T, T the temperature")
+    group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default), softmax:T or sparsemax:T, T the temperature")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
     group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: about 2^18 numbers)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
-def scores(text: str) -> str | float:
-    """`hard`, or the temperature of `softmax:T`."""
-    if text == "hard":
-        return text
+def scores(text: str) -> tuple[str, float]:
+    """`hard`, or `softmax:T` or `sparsemax:T` and its temperature."""
     kind, _, temperature = text.partition(":")
     try:
-        if kind == "softmax":
-            return float(temperature or 1)
+        if text == "hard" or kind in ("softmax", "sparsemax"):
+            return kind, float(temperature or 1)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"scores are hard or softmax:T, such as softmax:0.5, got {text!r}")
+    raise argparse.ArgumentTypeError(f"scores are hard or softmax:T or sparsemax:T, such as softmax:0.5, got {text!r}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -137,18 +135,19 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
     from certify.errors import CertifyError
-    from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax
+    from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax, Sparsemax
     from certify.smoothing.method import Smoothing, on_grid
     from certify.smoothing.rows import facts, rows
     from certify.smoothing.schedule import doubling
 
     if model.input_range is not None and not (model.input_range[0] <= dataset.inputs.min() and dataset.inputs.max() <= model.input_range[1]):
         raise CertifyError(f"{args.data}: inputs are in [{dataset.inputs.min():g}, {dataset.inputs.max():g}], the model takes {list(model.input_range)}")
+    kind, temperature = args.scores
     noise, shape = noise_of(args, model.shape), dataset.inputs.shape[1:]
     levels = (255 if on_grid(noise) else 0) if args.levels is None else args.levels
     method = Smoothing(
         noise,
-        Hardmax() if args.scores == "hard" else Softmax(args.scores),
+        Hardmax() if kind == "hard" else Softmax(temperature) if kind == "softmax" else Sparsemax(temperature),
         FixedN(args.n0, args.n, args.alpha) if args.fixed else GroupSequential(doubling(args.n), n0=args.n0, alpha=args.alpha),
         target=args.target,
         tolerance=args.tol,

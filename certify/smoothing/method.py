@@ -17,7 +17,7 @@ from certify.graph import Graph
 from certify.margins import RobustnessMethod
 from certify.registry import Shape
 from certify.smoothing.bounds import ClopperPearson, ConfidenceBound, EmpiricalBernstein
-from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier, Softmax
+from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier, Softmax, Sparsemax
 from certify.smoothing.engine import Done, Engine, Forward, Source
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
 from certify.smoothing.noise import counts as counting
@@ -78,7 +78,7 @@ class Smoothing(RobustnessMethod):
             raise CertifyError(f"no copies are drawn with {self.noise!r}, but with {drawn}; its radius can be had from counts of your own (Procedure)")
         if self.batch is not None and not (isinstance(self.batch, int) and self.batch >= 1):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
-        soft = self.scores.temperature if isinstance(self.scores, Softmax) else None
+        soft = self.scores.temperature if isinstance(self.scores, Softmax | Sparsemax) else None
         counting.check(2, (1, 3), (None, None), self.vote_margin, soft or 1.0)
         if soft is not None and self.schedule.sizes[-1] >= 2**23:
             raise CertifyError(f"sums of soft scores are exact for fewer than 2^23 copies, got {self.schedule.sizes[-1]}; take fewer, or votes")
