@@ -158,11 +158,17 @@ class Smoothing(RobustnessMethod):
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
     def run(
-        self, forward: Forward, classes: int, shape: Shape, inputs: Iterable[tuple[int, Tensor, float]], device: torch.device | None = None
+        self,
+        forward: Forward,
+        classes: int,
+        shape: Shape,
+        inputs: Iterable[tuple[int, Tensor, float]],
+        device: torch.device | None = None,
+        procedure: Procedure | None = None,  # its own, unless given
     ) -> Iterator[Done]:
         """Count copies of the inputs (number, placed, distance; see `place`) until each is decided."""
         device = device or torch.device("cpu")
-        procedure = self.procedure(shape)
+        procedure = procedure or self.procedure(shape)
         procedure.start(classes)
         batch = self.rows(shape)
         slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
@@ -176,7 +182,7 @@ class Smoothing(RobustnessMethod):
         With a Lipschitz constant it is the very network of the bound, evaluated in float64: its logits are those of exact arithmetic but for 1e-13 of their
         size, which `_distance` has room for.
         """
-        device = _device(net)
+        device = device_of(net)
         if self.lipschitz is None:
             return prepared(net, seen(self.noise, shape), self.rows(shape), self.engine, device)
         graph = Graph.of(net, shape)
@@ -203,7 +209,7 @@ class Smoothing(RobustnessMethod):
         count = len(inputs)
         prediction, radius = np.full(count, -1, dtype=np.int64), np.zeros(count)
         runner_up = np.full(count, -1, dtype=np.int64)
-        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), _device(net)):
+        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), device_of(net)):
             found = certified_radius(done.outcome, float(apart[done.index]))
             sums = done.looks[-1].sums.copy()
             sums[int(done.selection.favourite)] = -1
@@ -263,15 +269,21 @@ def _last(shape: Shape) -> Shape:
     return (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
 
-def _device(net: nn.Module) -> torch.device:
+def device_of(net: nn.Module) -> torch.device:
+    """Where its numbers are."""
     return next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
 
 
 def certified_radius(outcome: Outcome, apart: float) -> float:
     """The radius around the input itself, which is so far from where the copies were made."""
-    if outcome.status is Status.ABSTAINED or not outcome.radius > apart:
+    return 0.0 if outcome.status is Status.ABSTAINED else less(outcome.radius, apart)
+
+
+def less(radius: float, apart: float) -> float:
+    """`radius - apart`, rounded down; not below 0."""
+    if not radius > apart:
         return 0.0
-    return outcome.radius if apart == 0 else float(np.nextafter(outcome.radius - apart, 0.0))
+    return radius if apart == 0 else float(np.nextafter(radius - apart, 0.0))
 
 
 class _Copies(Source):
