@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from certify.registry import register as register
     from certify.registry import register_head as register_head
     from certify.smoothing.method import Smoothing as Smoothing
+    from certify.smoothing.mixed import Mixed as Mixed
 
 _HOME = {
     "Assumption": "bound", "Ball": "bound", "Bound": "bound", "Box": "bound", "Domain": "bound", "Estimate": "bound", "Everywhere": "bound",
@@ -40,7 +41,7 @@ _HOME = {
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
     "Margin": "margins", "robustness": "margins",
-    "Smoothing": "smoothing.method",
+    "Smoothing": "smoothing.method", "Mixed": "smoothing.mixed",
 }  # fmt: skip
 __all__ = sorted(_HOME)
 

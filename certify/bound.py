@@ -30,7 +30,10 @@ class Assumption(enum.Enum):
         "with every rounding error accounted for."
     )
     RANDOM_BITS = "The bits of the counter-based generator Philox4x32-10 behave like independent, uniform random bits."
-    FLOAT_NOISE = "Float noise is taken for exactly Gaussian, and its sum with the input for exact; a grid of the inputs (levels) does without this assumption."
+    FLOAT_NOISE = (
+        "What is drawn in floating point is taken to have exactly the law that it stands for, and its sum with the input, or the transform of it, for exact; "
+        "for noise that is added, a grid of the inputs (levels) does without this assumption."
+    )
     ROW_BY_ROW = (
         "An output of the network depends on its own input alone, not on the rest of a batch, and is the same at every call; "
         "that is tried on some batches, not proved."

@@ -16,18 +16,24 @@ from certify.text import down_text
 class Certificate:
     """For each input: no perturbation of l_p norm below `radius` changes `prediction`; with probability at least 1 - failure where that is not 0.
 
-    Radii are in the units of the input and rounded down; 0 where nothing is certified. An abstained input has no prediction.
+    Radii are in the units of the input and rounded down; 0 where nothing is certified. An abstained input has no prediction. Where `norm` is None the radius
+    is about changes of another kind, such as a brightness that is added, and bounds the `measure` of them: it says nothing of perturbations in any norm.
     """
 
     prediction: NDArray[np.int64]  # (N,)
     runner_up: NDArray[np.int64]  # (N,) the class that limits the radius
     abstained: NDArray[np.bool_]  # (N,)
     radius: NDArray[np.float64]  # (N,)
-    norm: float
+    norm: float | None
     method: str
     failure: float = 0.0  # per input
     assumptions: frozenset[Assumption] = frozenset()
     seed: int | None = None
+    measure: str | None = None  # what the radius is a bound on, in words, where that is no l_p norm
+
+    def __post_init__(self) -> None:
+        if (self.norm is None) == (self.measure is None):
+            raise ValueError(f"a radius is in a norm, or else of a measure in words, got the norm {self.norm} and the measure {self.measure!r}")
 
     def __len__(self) -> int:
         return len(self.prediction)
@@ -45,4 +51,5 @@ class Certificate:
 
     def __str__(self) -> str:
         chance = "for certain" if self.failure == 0 else f"each with probability at least {1 - self.failure:g}"
-        return f"{len(self)} inputs, median certified l{self.norm:g} radius {down_text(float(np.median(self.radius)))} ({chance}; {self.method})"
+        kind, of = ("", f" of {self.measure}") if self.norm is None else (f"l{self.norm:g} ", "")
+        return f"{len(self)} inputs, median certified {kind}radius {down_text(float(np.median(self.radius)))}{of} ({chance}; {self.method})"

@@ -137,7 +137,9 @@ def test_run_report_and_check_agree(model, whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more", [("--fixed",), ("--scores", "softmax:0.5"), ("--norm", "inf"), ("--levels", "0"), ("--target", "0.1"), ("--tol", "0.05")], ids=str
+    "more",
+    [("--fixed",), ("--scores", "softmax:0.5"), ("--scores", "sparsemax:0.5"), ("--norm", "inf"), ("--levels", "0"), ("--target", "0.1"), ("--tol", "0.05")],
+    ids=str,
 )
 def test_every_kind_of_run_can_be_checked(model, tmp_path, capsys, more):
     assert run(model, tmp_path / "a", "--n", "400", "--limit", "5", *more) == 0
@@ -492,6 +494,7 @@ def test_check_finds_a_changed_results_file(small, tmp_path, capsys):
         (["--seed=-1"], "a seed is a whole number"),
         (["--scores=softmax:0"], "temperature is a positive"),
         (["--scores=softmax:nan"], "temperature is a positive"),
+        (["--scores=sparsemax:0"], "temperature is a positive"),
         (["--target=9"], "cannot certify a radius above 9"),
         (["--tol=-1"], "the tolerance is a radius"),
         (["--limit=0"], "none of its 360 inputs is selected"),
@@ -510,7 +513,7 @@ def test_sigma_has_no_default(model, tmp_path, capsys):
     one_sentence(capsys, "needs --sigma")
 
 
-@pytest.mark.parametrize("text", ["soft", "softmax:x", "hard:1", ""])
+@pytest.mark.parametrize("text", ["soft", "softmax:x", "sparsemax:x", "hard:1", ""])
 def test_other_scores_are_refused(text, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["run", "m", "d", "-o", "o", f"--scores={text}"])

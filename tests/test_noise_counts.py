@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from certify.errors import CertifyError
+from certify.smoothing import Sparsemax
 from certify.smoothing.noise import count_rows, counts, row_table
+from certify.smoothing.noise.dispatch import _count_on_the_host
 
 SLOTS, CLASSES, N = 3, 6, 200
 
@@ -77,6 +79,48 @@ def test_soft_scores_are_a_softmax_in_fixed_point(classes, temperature):
     assert (q.sum(axis=1) > counts.UNIT - classes).all()
     assert np.abs(q / counts.UNIT - exact).max() < 2 / counts.UNIT
     assert (q[1] == counts.UNIT // classes).all()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 7.0, 1e-20])
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_sparse_scores_are_a_sparsemax_in_fixed_point(classes, temperature):
+    logits = np.random.default_rng(1).normal(size=(500, classes)).astype(np.float32) * 4
+    logits[0, 0], logits[1], logits[2, :2] = 3e38, 0, (3e38, -3e38)
+    q = counts.sparse_scores(logits, temperature)
+    exact = Sparsemax(float(np.float32(temperature)))(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    np.testing.assert_allclose(exact.sum(axis=1), 1, atol=1e-9)
+    assert (q >= 0).all()
+    assert (q.sum(axis=1) <= counts.UNIT).all()
+    assert (q.sum(axis=1) > counts.UNIT - classes).all()
+    assert np.abs(q / counts.UNIT - exact).max() < 2 / counts.UNIT
+    assert (q[1] == counts.UNIT // classes).all()
+
+
+def test_sparse_scores_of_a_million_classes_do_not_overflow():
+    q = counts.sparse_scores(np.zeros((1, 1 << 20), dtype=np.float32))
+    assert (q == 1).all()
+
+
+def test_sums_of_sparse_scores_are_those_of_the_valid_copies():
+    """NaN, infinities, close votes and padding are in no sum; a device that is not the CPU has them counted on the host."""
+    logits, rows = case()
+    for margin in (0.0, 0.25):
+        votes = by_hand(logits, rows, margin)
+        tables = [torch.zeros(SLOTS, CLASSES + 1, dtype=torch.int64), *(torch.zeros(SLOTS, CLASSES, dtype=torch.int64) for _ in "12")]
+        found, sums, squares = tables
+        count_rows(torch.from_numpy(logits), torch.from_numpy(rows), found, margin=margin, sums=sums, squares=squares, temperature=0.7, sparse=True)
+        assert np.array_equal(found, votes)
+        expected = np.zeros((2, SLOTS, CLASSES), dtype=np.int64)
+        for line, slot in zip(logits, rows[:, 0], strict=True):
+            alone = by_hand(line[None], row_table(0, 0, 0), margin)
+            if slot >= 0 and not alone[0, -1]:
+                q = counts.sparse_scores(line[None], 0.7)[0]
+                expected[:, slot] += np.stack([q, q * q])
+        assert np.array_equal(sums, expected[0])
+        assert np.array_equal(squares, expected[1])
+        again = [torch.zeros_like(table) for table in tables]
+        _count_on_the_host(torch.from_numpy(logits), torch.from_numpy(rows), again, margin, 0.7)
+        assert all(torch.equal(one, other) for one, other in zip(tables, again, strict=True))
 
 
 def test_soft_sums_add_up_and_leave_out_what_is_invalid():

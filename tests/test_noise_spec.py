@@ -111,7 +111,10 @@ def test_the_definition_of_grid_noise_in_whole_numbers():
             assert k[row, e] == (size if u >> 63 else -size)
 
 
-@pytest.mark.parametrize("noise", [Grid(s, levels=levels) for s, levels in ((1e-3, 1), (0.3, 1), (8.0, 1), (0.12, 255), (1.0, 255), (3.0, 255))], ids=repr)
+GRIDS = [Grid(s, levels=levels) for s, levels in ((1e-3, 1), (0.3, 1), (8.0, 1), (0.12, 255), (1.0, 255), (3.0, 255))]
+
+
+@pytest.mark.parametrize("noise", [*GRIDS, Grid(0.05, law="laplace"), Grid(0.3, levels=1, law="uniform"), Grid(0.5, law="uniform")], ids=repr)
 def test_the_table_and_the_climb_give_the_definition_at_every_threshold(noise):
     t = noise.tables
     edges = np.array([max(q + step, 0) for q in (*t.thresholds, 2**32, 2**62) for step in (-(2**32), -1, 0, 1, 2**32)], dtype=np.uint64)

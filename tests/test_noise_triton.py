@@ -41,6 +41,8 @@ NOISES = (
     Grid(0.5, seed=2**64 - 3, scale=(0.019, 0.02, 0.021), bias=(-2.4, -2.3, 0.1)),
     Gauss(0.5, seed=1, scale=(4.9, 5.1, 5.2), bias=(-2.4, -2.3, 0.1)),
     Gauss(1.7, seed=0),
+    Grid(0.1, seed=3, law="laplace"),
+    Grid(0.5, seed=3, law="uniform"),
 )
 
 

@@ -489,3 +489,28 @@ def test_importing_the_report_waits_for_neither_matplotlib_nor_jinja2_nor_torch(
     code = "import sys, certify.report; print(sorted({'matplotlib', 'jinja2', 'torch', 'numpy'} & set(sys.modules)))"
     root = pathlib.Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True).stdout == "[]\n"
+
+
+# radii of something that is no norm
+
+
+def test_a_radius_in_no_norm_is_named_in_words_wherever_it_is_shown():
+    measure = "|ln contrast factor|"
+    folder = many("c", norm=measure, guarantee="probabilistic", method="Smoothing(noise=Contrast(sigma=0.2))", failure=0.001, bound=None)
+    text = printed([folder], [0.1])
+    assert f"certified beyond that radius ({measure})" in " ".join(text.split())
+    assert "norm" not in text
+    assert "units of the input" not in " ".join(text.split())
+    page = html([folder], [0.1], "t")
+    assert f"for every change of &#34;{measure}&#34; below the radius" in page
+    assert f"no change of &#34;{measure}&#34; up to 0.1" in page
+    assert f"Units of the radii: those of {measure}." in page
+    assert f"radius ({measure})" in page
+    assert not re.search(r"\bl2\b|norm, units|perturbation", re.sub(r"<style.*?</style>", "", page, flags=re.DOTALL))
+    both = [folder, many("d")]
+    assert notes([summarize(run, [0.1]) for run in both])[-1].startswith("The runs measure perturbations in different norms")
+    assert f"l2 norm, units of the input; {measure}" in " ".join(printed(both, [0.1]).split())
+    assert "of what each run measures" in html(both, [0.1], "t")
+    for norm in (measure, "1", "number of changed pixels, inclusive"):
+        with pytest.raises(ValueError, match="takes its radii for l2"):
+            tsv(many("c", norm=norm))

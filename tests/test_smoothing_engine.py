@@ -66,7 +66,7 @@ def run(net, x, method, numbers=None, batch=None, slots=None, engine=Engine):
     return {done.index: (done.selection.to_json(), [tally.to_json() for tally in done.looks], done.outcome) for done in found}
 
 
-@pytest.mark.parametrize("scores", [Hardmax(), Softmax(0.5)], ids=repr)
+@pytest.mark.parametrize("scores", [Hardmax(), Softmax(0.5), Sparsemax(0.5)], ids=repr)
 @pytest.mark.parametrize("goal", [{}, {"target": 0.1}, {"tolerance": 0.05}], ids=str)
 def test_counts_do_not_depend_on_the_packing(scores, goal):
     net, x = exact, torch.rand(9, 1, 2, 3)
@@ -301,8 +301,8 @@ def test_a_forward_that_cannot_be_traced_is_certified_as_it_is():
     assert (found.radius > 0.3).all()
 
 
-@pytest.mark.parametrize("levels", [255, None])
-def test_a_proved_lipschitz_constant_gives_soft_scores_a_larger_radius_that_is_true(levels):
+@pytest.mark.parametrize(("levels", "scores"), [(255, Softmax(0.5)), (None, Softmax(0.5)), (255, Sparsemax(1.5))], ids=repr)
+def test_a_proved_lipschitz_constant_gives_soft_scores_a_larger_radius_that_is_true(levels, scores):
     """Two classes apart by a plane, logits of slope 1: the true radius is the distance from the plane."""
     net, sigma, alpha = nn.Sequential(nn.Linear(3, 2, bias=False)).eval(), 0.15, 0.05
     with torch.no_grad():
@@ -310,7 +310,7 @@ def test_a_proved_lipschitz_constant_gives_soft_scores_a_larger_radius_that_is_t
     x = (torch.rand(200, 3) * 255).round() / 255
     truth = (x @ torch.tensor([0.6, 0.0, 0.8])).abs().numpy()
     bound = certify.lipschitz(net, input_shape=(3,))
-    plain = Smoothing(Gaussian(sigma), Softmax(0.5), FixedN(50, 2000, alpha), levels=levels)
+    plain = Smoothing(Gaussian(sigma), scores, FixedN(50, 2000, alpha), levels=levels)
     aware = dataclasses.replace(plain, lipschitz=bound)
     without, within = (certify.robustness(net, x, method).radius for method in (plain, aware))
     assert np.median(within) > 1.2 * np.median(without)
@@ -451,6 +451,10 @@ def refused(match, call):
     assert "\n" not in str(caught.value)
 
 
+class Own(Softmax):
+    """Some map of one's own."""
+
+
 def test_bad_questions_are_refused_in_one_sentence():
     net, x = network(), torch.rand(2, 6)
     for sigma in (0.0, -1.0, math.nan, math.inf):
@@ -463,7 +467,7 @@ def test_bad_questions_are_refused_in_one_sentence():
     refused("at least two classes", lambda: certify.robustness(nn.Linear(6, 1).eval(), x, Smoothing(Gaussian(0.5), schedule=SHORT)))
     refused("least that can at this alpha is 7", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=FixedN(1, 4, 0.01))))
     refused("cannot certify a radius above 5", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), schedule=SHORT, target=5.0)))
-    refused("votes and softmax", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), Sparsemax(), SHORT)))
+    refused("votes, softmax and sparsemax", lambda: certify.robustness(net, x, Smoothing(Gaussian(0.5), Own(), SHORT)))
     refused("for inputs of 5 entries", lambda: certify.robustness(net, x, Smoothing(GaussianLinf(0.5, 5), schedule=SHORT)))
     refused("levels", lambda: Smoothing(Gaussian(0.5), levels=-1))
     refused("seed", lambda: Smoothing(Gaussian(0.5), seed=-1))

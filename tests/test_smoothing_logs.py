@@ -376,7 +376,7 @@ def test_a_folder_becomes_a_log_and_the_log_is_not_overwritten(tmp_path, capsys)
         ({"guarantee": "attack"}, "of the kind 'attack'"),
         ({"guarantee": "estimate"}, "of the kind 'estimate'"),
         ({"guarantee": "hope"}, "of the kind 'hope'"),
-        ({"norm": "1"}, "in the norm 1"),
+        ({"norm": "1"}, "bounds on l1 norm"),
         ({"selection": 3}, "is not what certify run writes"),
     ],
     ids=str,

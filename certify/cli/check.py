@@ -77,20 +77,33 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
 
     shape = tuple(manifest["model"]["input_shape"])
     model = models.load(args.model or manifest["model"]["spec"], shape)
-    dataset = data.load(args.data or manifest["data"]["spec"], shape)
+    dataset = data.load(args.data or manifest["data"]["spec"], _input_shape(manifest, shape))
     for what, found, stored in (("model", model.sha256, manifest["model"]["sha256"]), ("data", dataset.sha256, manifest["data"]["sha256"])):
         if found != stored:
             where = "--model" if what == "model" else "--data"
             raise CertifyError(
                 f"{args.folder}: the {what} has sha256 {found[:12]}, the results are of {stored[:12]}; name the file that was certified with {where}"
             )
-    again = _counts if "smoothing" in manifest or manifest.get("guarantee") == "probabilistic" else _proof
+    again = _counts if _counted(manifest) else _proof
     known = {"model.parameters": model.parameters, "model.classes": list(model.classes) if model.classes else None, "data.count": len(dataset)}
     told = {name: lookup(manifest, *name.split(".")) for name in known}
     wrong = [f"the manifest has {name} {told[name]!r}, the model and the data have {known[name]!r}" for name in known if told[name] != known[name]]
     with progress(f"check {args.folder}", len(rows)) as advance:
         did, differing = again(manifest, rows, model, dataset, advance)
     return did, wrong + differing, None
+
+
+def _counted(manifest: Mapping[str, Any]) -> bool:
+    """Whether its certificates are of counts, and not of a bound."""
+    return "smoothing" in manifest or manifest.get("guarantee") == "probabilistic"
+
+
+def _input_shape(manifest: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of the data, for a model of this shape: the noise may give it other copies than the inputs are."""
+    from certify.smoothing.noise.other import given
+    from certify.smoothing.rows import method_of
+
+    return given(method_of(manifest).noise, shape) if _counted(manifest) else shape
 
 
 def _proof(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
@@ -110,13 +123,13 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
     from certify.smoothing.rows import contradictions, differences, method_of, off_grid
 
     method = method_of(manifest)
-    procedure = method.procedure(model.shape)
+    procedure = method.procedure(dataset.inputs.shape[1:])
     selected, wrong = set(manifest["selection"]), differences(manifest, method, procedure)
     for row in rows:
         index = row["index"]
         if index not in selected or not 0 <= index < len(dataset):
             wrong.append(f"input {index} is not among those that were selected")
-        elif row.get("label") != dataset.labels[index] or row.get("guarantee") != "probabilistic" or row.get("norm") != f"{method.norm:g}":
+        elif row.get("label") != dataset.labels[index] or row.get("guarantee") != "probabilistic" or row.get("norm") != method.noise.unit:
             wrong.append(f"input {index}: label, guarantee or norm are not those of the data and the method")
         else:
             wrong += contradictions(row, procedure, manifest["smoothing"].get("classes"), off_grid(method, dataset.inputs[index]))

@@ -36,6 +36,7 @@ def _to_log(args: argparse.Namespace) -> int:
     from certify.cli.console import out, warn
     from certify.errors import CertifyError
     from certify.report import Run, summarize, tsv
+    from certify.report.summary import measures_text
     from certify.results import read_manifest, read_rows, write_atomically
 
     if any(value is not None for value in (args.sigma, args.n, args.alpha, args.n0)):
@@ -43,14 +44,14 @@ def _to_log(args: argparse.Namespace) -> int:
     found = Run(args.source.resolve().name, read_manifest(args.source), read_rows(args.source))
     try:
         summary, text = summarize(found, ()), ""
-        if summary.proved:
+        if summary.proved and summary.norm in ("2", "inf"):
             text = tsv(found)
     except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise CertifyError(f"{args.source}: the folder is not what certify run writes ({error!r}); certify check says where") from error
     if not summary.proved:
         raise CertifyError(f"{args.source}: the radii are of the kind {summary.guarantee!r}, and whoever reads a log takes its radii for certificates")
     if summary.norm not in ("2", "inf"):
-        raise CertifyError(f"{args.source}: the radii are in the norm {summary.norm}, and whoever reads a log takes its radii for l2")
+        raise CertifyError(f"{args.source}: the radii are bounds on {measures_text([summary.norm])}, and whoever reads a log takes its radii for l2")
     if not found.rows:
         raise CertifyError(f"{args.source}: there are no results yet; run certify run first")
     if args.output.exists() and (not args.output.is_file() or args.output.read_bytes() != text.encode()):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import pathlib
 import platform
 import sys
@@ -13,6 +12,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_model, add_radii, indices, radius, shard, shard_here
+from certify.cli.noises import add_noise, given_options, noise_of
 from certify.cli.report import show
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ HELP = "Certify the predictions of a model on a data set; can be stopped and rep
 EPILOG = """examples:
   certify run runs/demo/sandwich.safetensors digits -o runs/sandwich --eps 0.1,0.25,0.5
   certify run net.safetensors mnist:data/mnist -o runs/mnist --indices 0:10000:20 --fail-under 0.40@36/255
+  certify run net.safetensors digits -o runs/l1 --method smoothing --noise laplace --scale 0.3 --levels 16
   certify run net.safetensors test.npz -o runs/big --shard 0/4      (and 1/4, 2/4, 3/4 on other machines)"""
 
 _GROUP = 64  # rows written at once
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=["margin", "smoothing"],
         default="margin",
-        help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with Gaussian noise on its inputs",
+        help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with noise on its inputs",
     )
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_smoothing(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--sigma", type=float, metavar="S", help="the standard deviation of the noise, in the units of the input; required")
+    add_noise(group)
     group.add_argument("--alpha", type=float, default=0.001, metavar="A", help="each certificate fails with at most this probability (default 0.001)")
     group.add_argument("--n", type=int, default=100_000, metavar="N", help="at most so many noisy copies of each input (default 100000)")
     group.add_argument("--n0", type=int, default=100, metavar="N", help="so many other copies choose the class (default 100)")
@@ -62,27 +63,24 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
     goal.add_argument("--target", type=radius, metavar="R", help="only ask whether the radius is above R: stop as soon as that is decided")
     goal.add_argument("--tol", type=float, metavar="T", help="stop once all further copies would add no more than T to the radius")
     group.add_argument(
-        "--levels", type=int, default=255, metavar="G", help="inputs are multiples of 1/G (default 255); 0: float noise, added to them as they are"
+        "--levels", type=int, metavar="G", help="inputs are multiples of 1/G (default 255); 0: as they are, and noise is float (what is not added has no grid)"
     )
-    group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default) or softmax:T, T the temperature")
-    group.add_argument("--norm", choices=["2", "inf"], default="2", help="of the radius")
+    group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default), softmax:T or sparsemax:T, T the temperature")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
     group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: about 2^18 numbers)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
-def scores(text: str) -> str | float:
-    """`hard`, or the temperature of `softmax:T`."""
-    if text == "hard":
-        return text
+def scores(text: str) -> tuple[str, float]:
+    """`hard`, or `softmax:T` or `sparsemax:T` and its temperature."""
     kind, _, temperature = text.partition(":")
     try:
-        if kind == "softmax":
-            return float(temperature or 1)
+        if text == "hard" or kind in ("softmax", "sparsemax"):
+            return kind, float(temperature or 1)
     except ValueError:
         pass
-    raise argparse.ArgumentTypeError(f"scores are hard or softmax:T, such as softmax:0.5, got {text!r}")
+    raise argparse.ArgumentTypeError(f"scores are hard or softmax:T or sparsemax:T, such as softmax:0.5, got {text!r}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,11 +89,13 @@ def run(args: argparse.Namespace) -> int:
     from certify.cli.console import progress
     from certify.errors import CertifyError
     from certify.results import Folder
+    from certify.smoothing.noise.other import given
 
-    if args.method != "smoothing" and args.sigma is not None:
-        raise CertifyError(f"--sigma is for --method smoothing, and the method is {args.method}; say which of the two is meant")
+    if args.method != "smoothing" and (found := given_options(args)):
+        raise CertifyError(f"{found[0]} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
     model = models.load(args.model, args.input_shape)
-    dataset = data.load(args.data, model.shape)
+    shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
+    dataset = data.load(args.data, shape)
     prepare = _smoothing if args.method == "smoothing" else _margin
     facts, certify = prepare(args, model, dataset)
     manifest = {**_manifest(model, dataset, _selection(args, len(dataset))), **facts}
@@ -135,30 +135,30 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
     from certify.errors import CertifyError
-    from certify.smoothing import FixedN, Gaussian, GaussianLinf, GroupSequential, Hardmax, Softmax
-    from certify.smoothing.method import Smoothing
+    from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax, Sparsemax
+    from certify.smoothing.method import Smoothing, on_grid
     from certify.smoothing.rows import facts, rows
     from certify.smoothing.schedule import doubling
 
-    if args.sigma is None:
-        raise CertifyError("--method smoothing needs --sigma, the standard deviation of the noise in the units of the input, such as --sigma 0.25")
     if model.input_range is not None and not (model.input_range[0] <= dataset.inputs.min() and dataset.inputs.max() <= model.input_range[1]):
         raise CertifyError(f"{args.data}: inputs are in [{dataset.inputs.min():g}, {dataset.inputs.max():g}], the model takes {list(model.input_range)}")
-    noise = Gaussian(args.sigma) if args.norm == "2" else GaussianLinf(args.sigma, math.prod(model.shape))
+    kind, temperature = args.scores
+    noise, shape = noise_of(args, model.shape), dataset.inputs.shape[1:]
+    levels = (255 if on_grid(noise) else 0) if args.levels is None else args.levels
     method = Smoothing(
         noise,
-        Hardmax() if args.scores == "hard" else Softmax(args.scores),
+        Hardmax() if kind == "hard" else Softmax(temperature) if kind == "softmax" else Sparsemax(temperature),
         FixedN(args.n0, args.n, args.alpha) if args.fixed else GroupSequential(doubling(args.n), n0=args.n0, alpha=args.alpha),
         target=args.target,
         tolerance=args.tol,
-        levels=args.levels or None,
+        levels=levels or None,
         vote_margin=args.vote_margin,
         batch=args.batch,
         seed=args.seed,
         engine=args.engine,
     )
-    forward, classes, done = method.prepared(model.net, model.shape)
-    procedure = method.procedure(model.shape)
+    procedure = method.procedure(shape)
+    forward, classes, done = method.prepared(model.net, shape)
     procedure.start(classes)
     about = {**facts(method, procedure, done, classes), "dtype": "weights as stored, evaluated in float32"}
 

@@ -29,7 +29,9 @@ from certify.report.summary import (
     bound_text,
     certified_radii,
     curve,
+    is_norm,
     lookup,
+    measures_text,
     norm_text,
     notes,
     percent,
@@ -120,7 +122,7 @@ def html(runs: Sequence[Run], radii: Sequence[float], title: str) -> str:
         headline=_headline(leader, radii, place) if leader else "",
         statements=_statements(runs, summaries),
         inputs=_inputs(runs),
-        norms=sorted({norm_text(summary.norm) for summary in summaries}),
+        measures=measures_text(summary.norm for summary in summaries),
         notes=notes(summaries),
         labelled=all(summary.clean is not None for summary in summaries),
         plot=_curves(runs, summaries, radii, reach),
@@ -144,9 +146,14 @@ def _headline(leader: Summary, radii: Sequence[float], place: int | None) -> str
         return f"{leader.name} is right on {percent(leader.clean)} of {of}; its median certified radius is {radius_text(leader.median_radius)}."
     chance = "" if leader.guarantee == "proof" else ", each with the probability stated below,"
     return (
-        f"On {percent(leader.certified[place])} of {of}, {leader.name} gives the right answer and certifies{chance} that no perturbation "
-        f"of {norm_text(leader.norm)} norm up to {radius_label(radii[place])} changes it."
+        f"On {percent(leader.certified[place])} of {of}, {leader.name} gives the right answer and certifies{chance} that no "
+        f"{_change(leader.norm)} up to {radius_label(radii[place])} changes it."
     )
+
+
+def _change(norm: str) -> str:
+    """What the radius is a bound on, in a sentence."""
+    return f"perturbation of {norm_text(norm)} norm" if is_norm(norm) else f'change of "{norm}"'
 
 
 def _statements(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[Statement]:
@@ -158,9 +165,9 @@ def _statements(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[State
 
 
 def _statement(run: Run, summary: Summary) -> str:
-    norm, assumed = norm_text(summary.norm), lookup(run.manifest, "assumptions")
+    change, assumed = _change(summary.norm), lookup(run.manifest, "assumptions")
     proviso = " (real arithmetic, see assumptions)" if assumed is None or "REAL_ARITHMETIC" in assumed else " (see assumptions)" if assumed else ""
-    claim = f"for every perturbation of {norm} norm below the radius the prediction of the"
+    claim = f"for every {change} below the radius the prediction of the"
     if summary.guarantee == "proof":
         return f"{claim} network does not change{proviso}."
     if summary.guarantee == "probabilistic":
@@ -171,8 +178,8 @@ def _statement(run: Run, summary: Summary) -> str:
         apart = " It says nothing about the network without the noise." * smoothed
         return f"{claimed}for each input, with {chance}, {claim} {subject} does not change{proviso}.{apart}"
     if summary.guarantee == "attack":
-        return f"an attack found a perturbation of this {norm} norm that changes the prediction. The radius is an upper bound and certifies nothing."
-    return f"the radius ({norm} norm) is {'an estimate' if summary.guarantee == 'estimate' else 'of unknown origin'} and certifies nothing."
+        return f"an attack found a {change} that changes the prediction. The radius is an upper bound and certifies nothing."
+    return f"the radius ({measures_text([summary.norm])}) is {'an estimate' if summary.guarantee == 'estimate' else 'of unknown origin'} and certifies nothing."
 
 
 def _inputs(runs: Sequence[Run]) -> list[str]:
@@ -185,6 +192,8 @@ def _input(manifest: Mapping[str, Any]) -> str:
     extent, units = lookup(manifest, "input", "range"), lookup(manifest, "input", "units")
     chosen = f"{len(selection)} of " if selection is not None and count is not None and len(selection) != count else ""
     size = f", {chosen}{count} inputs" if count is not None else ""
+    norm = str(lookup(manifest, "norm") or MISSING)
+    units = units if is_norm(norm) else f"those of {norm}"
     ranged = f", values in [{extent[0]:g}, {extent[1]:g}]" if extent else ""
     return f"{data or 'unnamed data'}{size}{ranged}. Units of the radii: {units or 'those of the input as it is handed to the network'}."
 
@@ -344,8 +353,10 @@ def _histogram(place: int, run: Run, summary: Summary, reach: float) -> Markup |
 
 def _axis_norm(summaries: Sequence[Summary]) -> str:
     """The norm that all the runs share. Only names that matplotlib's font is known to have: it warns of missing glyphs."""
-    norms = {norm_text(summary.norm) for summary in summaries}
-    return f"{norms.pop()} norm, units of the input" if len(norms) == 1 and norms <= {"l1", "l2", "linf"} else "units of the input"
+    norms = {summary.norm for summary in summaries}
+    if len(norms) == 1 and (norms <= {"1", "2", "inf"} or not any(is_norm(norm) or not norm.isascii() or not norm.isprintable() for norm in norms)):
+        return measures_text(norms)
+    return "units of the input" if all(map(is_norm, norms)) else "of what each run measures"
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

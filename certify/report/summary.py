@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any
@@ -34,7 +35,7 @@ class Summary:
     method: str
     guarantee: str  # the weakest that the manifest or a row names
     failure: float | None  # the probability, for each input, that the certificate is wrong
-    norm: str
+    norm: str  # 1, 2 or inf; or, for radii in no norm, what they are a bound on, in words
     data: str  # which inputs: the sha256 of the data, or else their name
     count: int  # rows
     expected: int  # inputs that were selected; more than `count` when the run is not finished
@@ -137,8 +138,20 @@ def radius_label(radius: float) -> str:
 
 
 def norm_text(norm: str) -> str:
-    """The name of a norm in a sentence: l2, linf."""
-    return "unstated" if norm == MISSING else f"l{norm}"
+    """The name of a norm in a sentence: l2, linf; what is no norm, as it is."""
+    return "unstated" if norm == MISSING else f"l{norm}" if is_norm(norm) else norm
+
+
+def is_norm(norm: str) -> bool:
+    """Whether radii are in a norm (an unstated one too), and not of something else that is named in words."""
+    return re.fullmatch(r"-|inf|\d+(\.\d+)?", norm) is not None
+
+
+def measures_text(norms: Iterable[str]) -> str:
+    """What radii in these norms, and of these measures in words, are bounds on."""
+    distinct = sorted(set(norms))
+    lp = ", ".join(norm_text(norm) for norm in distinct if is_norm(norm))
+    return "; ".join([*([f"{lp} norm, units of the input"] if lp else []), *(norm for norm in distinct if not is_norm(norm))])
 
 
 def plain(text: Any) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from certify.report.summary import Summary, bound_text, norm_text, notes, percent, plain, radius_label, radius_text
+from certify.report.summary import Summary, bound_text, measures_text, notes, percent, plain, radius_label, radius_text
 
 NARROWEST = 8  # columns for a name; longer ones take several lines
 
@@ -23,8 +23,8 @@ def print_table(summaries: Sequence[Summary], radii: Sequence[float], console: C
     room = console.width - NARROWEST - 1 - _width(guarantees)
     for columns in _packed(numbers, room):
         console.print(_table(names, [guarantees, *columns], console.width))
-    norms = ", ".join(sorted({norm_text(summary.norm) for summary in summaries}))
-    console.print(Text(f"Under r=...: share of all inputs classified right and certified beyond that radius ({plain(norms)} norm, units of the input)."))
+    measures = plain(measures_text(summary.norm for summary in summaries))
+    console.print(Text(f"Under r=...: share of all inputs classified right and certified beyond that radius ({measures})."))
     for note in notes(summaries):
         console.print(Text(f"! {plain(note)}"))
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from decimal import ROUND_FLOOR, Decimal
 from typing import Any
 
-from certify.report.summary import Run, summarize
+from certify.report.summary import MISSING, Run, measures_text, summarize
 from certify.text import decimal
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")
@@ -18,11 +18,17 @@ def tsv(run: Run) -> str:
     """One line per row, by index. The radius is rounded down to 6 decimals; abstained and error: predict -1, radius 0; no label: label -1, correct 0.
 
     As in the published logs, a row that is not correct may have a radius; it counts only where correct is 1.
-    Raises `ValueError` for attacks and estimates: whoever reads these columns takes the radius for a certificate.
+    Raises `ValueError` for attacks and estimates, and for radii of anything but l2 balls or larger ones: whoever reads these columns takes the radius for a
+    certificate in l2.
     """
-    guarantee = summarize(run, ()).guarantee
+    summary = summarize(run, ())
+    guarantee = summary.guarantee
     if guarantee in ("attack", "estimate"):
         raise ValueError(f"{run.name}: the radii are of the kind {guarantee!r}, and the TSV columns are for certified radii; use the JSON form instead")
+    if summary.norm not in ("2", "inf", MISSING):
+        raise ValueError(
+            f"{run.name}: the radii are bounds on {measures_text([summary.norm])}, and whoever reads a log takes its radii for l2; use the JSON form"
+        )
     lines = [COLUMNS, *(_cells(row) for row in sorted(run.rows, key=lambda row: row["index"]))]
     return "".join("\t".join(line) + "\n" for line in lines)
 

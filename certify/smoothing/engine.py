@@ -20,7 +20,7 @@ from torch import Tensor
 
 from certify.errors import CertifyError
 from certify.smoothing.bounds import Tally
-from certify.smoothing.classifier import Hardmax, Softmax
+from certify.smoothing.classifier import Hardmax, Softmax, Sparsemax
 from certify.smoothing.noise import SELECTION, count_rows
 from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.schedule import Outcome, Procedure, Status
@@ -94,9 +94,9 @@ class Engine:
         self.free = list(range(slots))[::-1]
         self.jobs: list[_Job] = []
         scores = procedure.classifier.scores
-        if not isinstance(scores, Hardmax | Softmax):
-            raise CertifyError(f"the engine counts votes and softmax scores, not yet {scores!r}; use Hardmax() or Softmax(...)")
-        self.temperature = scores.temperature if isinstance(scores, Softmax) else None
+        if type(scores) not in (Hardmax, Softmax, Sparsemax):
+            raise CertifyError(f"the engine counts votes, softmax and sparsemax scores, not {scores!r}; use Hardmax(), Softmax(...) or Sparsemax(...)")
+        self.temperature, self.sparse = getattr(scores, "temperature", None), isinstance(scores, Sparsemax)
         widths = (classes + 1,) if self.temperature is None else (classes + 1, classes, classes)  # votes; sums and squares of soft scores
         self.tables = [torch.zeros(slots * len(self.lengths), width, dtype=torch.int64, device=self.device) for width in widths]
 
@@ -171,7 +171,7 @@ class Engine:
             count_rows(logits, where, self.tables[0], margin=self.margin)
         else:
             votes, sums, squares = self.tables
-            count_rows(logits, where, votes, margin=self.margin, sums=sums, squares=squares, temperature=self.temperature)
+            count_rows(logits, where, votes, margin=self.margin, sums=sums, squares=squares, temperature=self.temperature, sparse=self.sparse)
 
     def _read(self) -> tuple[torch.cuda.Event | None, list[Tensor], list[tuple[_Job, int]]]:
         """The tables as they are after the batches so far, on their way to the host, and how many stretches of which jobs are complete in them."""

@@ -17,12 +17,28 @@ from certify.graph import Graph
 from certify.margins import RobustnessMethod
 from certify.registry import Shape
 from certify.smoothing.bounds import ClopperPearson, ConfidenceBound, EmpiricalBernstein
-from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier, Softmax
+from certify.smoothing.classifier import Hardmax, ScoreMap, SmoothedClassifier, Softmax, Sparsemax
 from certify.smoothing.engine import Done, Engine, Forward, Source
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
 from certify.smoothing.noise import counts as counting
 from certify.smoothing.noise.counts import UNIT
-from certify.smoothing.noises import Gaussian, GaussianLinf, Noise
+from certify.smoothing.noise.other import Drawn, seen
+from certify.smoothing.noises import (
+    Ablation,
+    Brightness,
+    Contrast,
+    ContrastBrightness,
+    CyclicTranslation,
+    FourierBlur,
+    Gamma,
+    Gaussian,
+    GaussianLinf,
+    Laplace,
+    LogNormalGamma,
+    Noise,
+    Uniform,
+    UniformLinf,
+)
 from certify.smoothing.prepare import prepared, tried
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
 
@@ -32,10 +48,13 @@ class Smoothing(RobustnessMethod):
     """Randomized smoothing (Cohen, Rosenfeld & Kolter 2019): certificates of g, the class that the network gives most of the noisy copies of an input.
 
     Each certificate fails with probability at most `schedule.alpha`, over the noise that was drawn. It says that g does not change in the open ball; it says
-    nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is Gaussian to within a total variation that is taken from
-    p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they are, and the
-    certificate takes for granted that it is Gaussian. Noise depends on `seed`, the number of the input and the number of the copy alone:
+    nothing of the network itself. With `levels` the copies lie on a grid of 1/levels, whose law is that of the noise to within a total variation that is
+    taken from p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they
+    are, and the certificate takes for granted that it has the law it should have. What is not added (ablation, transforms) has no grid and needs
+    `levels=None`; nothing is clipped between an attack and the transform. Noise depends on `seed`, the number of the input and the number of the copy alone:
     inputs are numbered from 0 in every call, so all certificates of two calls hold, but they are not independent.
+
+    Under `Ablation` the network is given x and then 1 - x along the first axis, so twice the channels, and 0 in both where a pixel is hidden.
 
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
     """
@@ -54,27 +73,31 @@ class Smoothing(RobustnessMethod):
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.noise, Gaussian | GaussianLinf):
-            raise CertifyError(f"copies are drawn with Gaussian noise so far, got {self.noise!r}; its radius can be had from counts of your own (Procedure)")
+        if type(self.noise) not in _DRAWN:
+            drawn = ", ".join(sorted(kind.__name__ for kind in _DRAWN))
+            raise CertifyError(f"no copies are drawn with {self.noise!r}, but with {drawn}; its radius can be had from counts of your own (Procedure)")
         if self.batch is not None and not (isinstance(self.batch, int) and self.batch >= 1):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
-        soft = self.scores.temperature if isinstance(self.scores, Softmax) else None
+        soft = self.scores.temperature if isinstance(self.scores, Softmax | Sparsemax) else None
         counting.check(2, (1, 3), (None, None), self.vote_margin, soft or 1.0)
         if soft is not None and self.schedule.sizes[-1] >= 2**23:
             raise CertifyError(f"sums of soft scores are exact for fewer than 2^23 copies, got {self.schedule.sizes[-1]}; take fewer, or votes")
         _ = self.copies, self._classifier  # refuse seeds, levels and sigmas that cannot be drawn, and constants that are not proved
 
     @property
-    def copies(self) -> Grid | Gauss:
-        """What is added to the inputs."""
-        sigma = self.noise.sigma  # type: ignore[attr-defined]
+    def copies(self) -> Grid | Gauss | Drawn:
+        """What makes copies of the inputs."""
+        added = _law(self.noise)
         if self.levels is None:
-            return Gauss(sigma, self.seed)
-        return Grid(sigma, self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,))
+            return Gauss(added[1], self.seed) if added is not None and added[0] == "gaussian" else Drawn(self.noise, self.seed)
+        if added is None:
+            raise CertifyError(f"{self.noise!r} is not added to inputs on a grid, it is applied to them as they are: take levels=None (--levels 0)")
+        return Grid(added[1], self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,), law=added[0])
 
     @property
     def _classifier(self) -> SmoothedClassifier:
-        noise = self.noise if self.levels is not None else dataclasses.replace(self.noise, sigma=float(np.float32(self.noise.sigma)))  # type: ignore
+        rounded = isinstance(self.copies, Gauss)  # its sigma is a float32
+        noise = dataclasses.replace(self.noise, sigma=float(np.float32(self.noise.sigma))) if rounded else self.noise  # type: ignore
         return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
     def rows(self, shape: Shape) -> int:
@@ -84,7 +107,9 @@ class Smoothing(RobustnessMethod):
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""
         classifier = self._classifier
-        if isinstance(self.noise, GaussianLinf) and self.noise.dimension != np.prod(shape):
+        if isinstance(self.copies, Drawn):
+            self.copies.check(shape)
+        if isinstance(self.noise, GaussianLinf | UniformLinf) and self.noise.dimension != np.prod(shape):
             raise CertifyError(f"{self.noise!r} is for inputs of {self.noise.dimension} entries, these have the shape {shape}")
         bound = self.bound or (ClopperPearson() if isinstance(self.scores, Hardmax) else EmpiricalBernstein())
         return Procedure(classifier, bound, self.schedule, target=self.target, tolerance=self.tolerance, distance=self._distance(int(np.prod(shape))))
@@ -92,48 +117,63 @@ class Smoothing(RobustnessMethod):
     def _distance(self, elements: int) -> float:
         """How far p_A and p_B of the copies may be from those of the classifier that the radius is of.
 
-        The law of the grid is that far from the Gaussian. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within 4 / UNIT of
-        them, for they are in fixed point (2 / UNIT) and made of rounded logits, and within `L sqrt(elements) / (2 levels)`, for a grid moves every entry by
-        half a step at most.
+        The law of the grid is that far from that of the noise. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within
+        4 / UNIT of them, for they are in fixed point (2 / UNIT) and made of rounded logits, and within `L sqrt(elements) / (2 levels)`, for a grid moves every
+        entry by half a step at most.
         """
-        distance = 0.0 if self.levels is None else total_variation(self.noise.sigma, elements, self.levels)  # type: ignore[attr-defined]
+        copies = self.copies
+        distance = 0.0
+        if not isinstance(copies, Gauss):
+            distance = copies.distance() if isinstance(copies, Drawn) else total_variation(copies.sigma, elements, copies.levels, copies.law)
         if self.lipschitz is not None:
             slope = self.scores.lipschitz(self.lipschitz).value
             distance += (4 / UNIT + (0.0 if self.levels is None else slope * math.sqrt(elements) / (2 * self.levels))) * (1 + 1e-12)
         return distance if distance == 0 else math.nextafter(distance, math.inf)
 
     @property
-    def norm(self) -> float:
-        """Of the radius."""
-        return np.inf if isinstance(self.noise, GaussianLinf) else 2.0
+    def norm(self) -> float | None:
+        """Of the radius; None where that is no norm, but the measure of the noise."""
+        return self.noise.norm
 
     @property
     def assumptions(self) -> frozenset[Assumption]:
         """What the certificates take for granted."""
         always = {Assumption.RANDOM_BITS, Assumption.EVAL_MODE, Assumption.ROW_BY_ROW}
         of_bound = frozenset() if self.lipschitz is None else self.lipschitz.assumptions
-        return frozenset(always) | of_bound | (frozenset() if self.levels else {Assumption.FLOAT_NOISE})
+        copies = self.copies
+        exact = copies.exact if isinstance(copies, Drawn) else isinstance(copies, Grid)
+        return frozenset(always) | of_bound | (frozenset() if exact else {Assumption.FLOAT_NOISE})
 
     def place(self, inputs: Array) -> tuple[Tensor, Array]:  # (N, *shape) -> channels last, and (N,)
         """The inputs as copies are made of them, and what is to be taken from each radius."""
         last = np.moveaxis(inputs, 1, -1) if inputs.ndim == 4 else inputs
+        if isinstance(self.copies, Drawn):
+            self.copies.check_values(inputs)
+            return torch.from_numpy(np.array(last, dtype=np.float64)), np.zeros(len(last))
         if self.levels is None:
             narrow = np.ascontiguousarray(last, dtype=np.float32)
             lost = np.abs(np.asarray(last, dtype=np.float64) - narrow).reshape(len(last), math.prod(last.shape[1:]))
             return torch.from_numpy(narrow), np.sqrt((lost * lost).sum(axis=1)) * (1 + 1e-9)
-        whole, apart = to_grid(last, self.levels)  # in l2, which the maximum norm is not above
+        whole, apart = to_grid(last, self.levels, norm=self.norm or 2.0)
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
     def run(
-        self, forward: Forward, classes: int, shape: Shape, inputs: Iterable[tuple[int, Tensor, float]], device: torch.device | None = None
+        self,
+        forward: Forward,
+        classes: int,
+        shape: Shape,
+        inputs: Iterable[tuple[int, Tensor, float]],
+        device: torch.device | None = None,
+        procedure: Procedure | None = None,  # its own, unless given
     ) -> Iterator[Done]:
         """Count copies of the inputs (number, placed, distance; see `place`) until each is decided."""
         device = device or torch.device("cpu")
-        procedure = self.procedure(shape)
+        procedure = procedure or self.procedure(shape)
         procedure.start(classes)
         batch = self.rows(shape)
         slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
-        source = _Copies(self.copies, shape, slots, batch, device)
+        copies = self.copies
+        source: Source = _Drawn(copies, shape, slots, batch, device) if isinstance(copies, Drawn) else _Copies(copies, shape, slots, batch, device)
         yield from Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device).run(inputs)
 
     def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, int, tuple[str, ...]]:
@@ -142,9 +182,9 @@ class Smoothing(RobustnessMethod):
         With a Lipschitz constant it is the very network of the bound, evaluated in float64: its logits are those of exact arithmetic but for 1e-13 of their
         size, which `_distance` has room for.
         """
-        device = _device(net)
+        device = device_of(net)
         if self.lipschitz is None:
-            return prepared(net, shape, self.rows(shape), self.engine, device)
+            return prepared(net, seen(self.noise, shape), self.rows(shape), self.engine, device)
         graph = Graph.of(net, shape)
         if self.lipschitz.evidence.get("network") != graph.digest:
             raise StaleBound(str(self.lipschitz.evidence.get("network")), graph.digest)
@@ -169,7 +209,7 @@ class Smoothing(RobustnessMethod):
         count = len(inputs)
         prediction, radius = np.full(count, -1, dtype=np.int64), np.zeros(count)
         runner_up = np.full(count, -1, dtype=np.int64)
-        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), _device(net)):
+        for done in self.run(forward, classes, shape, zip(range(count), placed, apart.tolist(), strict=True), device_of(net)):
             found = certified_radius(done.outcome, float(apart[done.index]))
             sums = done.looks[-1].sums.copy()
             sums[int(done.selection.favourite)] = -1
@@ -186,25 +226,71 @@ class Smoothing(RobustnessMethod):
             failure=self.schedule.alpha,
             assumptions=self.assumptions,
             seed=self.seed,
+            measure=self.noise.measure if self.norm is None else None,
         )
 
 
-def _device(net: nn.Module) -> torch.device:
+_DRAWN = (
+    Gaussian,
+    GaussianLinf,
+    Laplace,
+    Uniform,
+    UniformLinf,
+    Ablation,
+    Brightness,
+    Contrast,
+    ContrastBrightness,
+    CyclicTranslation,
+    FourierBlur,
+    Gamma,
+    LogNormalGamma,
+)
+
+
+def on_grid(noise: Noise) -> bool:
+    """Whether it is added to the entries of an input, so that there is a grid for it."""
+    return _law(noise) is not None
+
+
+def _law(noise: Noise) -> tuple[str, float] | None:
+    """The law of what is added to each entry, and its scale, as `Grid` takes them; None where nothing is."""
+    match noise:
+        case Laplace(scale):
+            return "laplace", scale
+        case Uniform(half_width) | UniformLinf(half_width):
+            return "uniform", half_width
+        case Gaussian(sigma) | GaussianLinf(sigma):
+            return "gaussian", sigma
+    return None
+
+
+def _last(shape: Shape) -> Shape:
+    """Channels last."""
+    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
+
+
+def device_of(net: nn.Module) -> torch.device:
+    """Where its numbers are."""
     return next((tensor.device for tensor in net.state_dict().values()), torch.device("cpu"))
 
 
 def certified_radius(outcome: Outcome, apart: float) -> float:
     """The radius around the input itself, which is so far from where the copies were made."""
-    if outcome.status is Status.ABSTAINED or not outcome.radius > apart:
+    return 0.0 if outcome.status is Status.ABSTAINED else less(outcome.radius, apart)
+
+
+def less(radius: float, apart: float) -> float:
+    """`radius - apart`, rounded down; not below 0."""
+    if not radius > apart:
         return 0.0
-    return outcome.radius if apart == 0 else float(np.nextafter(outcome.radius - apart, 0.0))
+    return radius if apart == 0 else float(np.nextafter(radius - apart, 0.0))
 
 
 class _Copies(Source):
     """Gaussian copies, on the grid or in float, in one buffer that is used again."""
 
     def __init__(self, noise: Grid | Gauss, shape: Shape, slots: int, batch: int, device: torch.device) -> None:
-        last = (*shape[1:], shape[0]) if len(shape) == 3 else shape
+        last = _last(shape)
         self.noise, self.device = noise, device
         self.images = torch.zeros(slots, *last, dtype=torch.int32 if isinstance(noise, Grid) else torch.float32, device=device)
         self.out = torch.empty(batch, *last, device=device)
@@ -216,3 +302,20 @@ class _Copies(Source):
     def draw(self, rows: np.ndarray) -> Tensor:
         noisy_rows(self.noise, self.images, torch.from_numpy(rows).to(self.device, non_blocking=True), out=self.out)
         return self.view
+
+
+class _Drawn(Source):
+    """Copies under any other noise, made by numpy and brought to the device."""
+
+    def __init__(self, noise: Drawn, shape: Shape, slots: int, batch: int, device: torch.device) -> None:
+        self.noise, self.device = noise, device
+        self.images = np.zeros((slots, *_last(shape)))
+        self.out = np.empty((batch, *_last(seen(noise.noise, shape))), dtype=np.float32)
+
+    def hold(self, slot: int, image: Tensor) -> None:
+        self.images[slot] = image.numpy()
+
+    def draw(self, rows: np.ndarray) -> Tensor:
+        self.noise.copies(self.images, rows, self.out)
+        found = torch.from_numpy(self.out).to(self.device)
+        return found.permute(0, 3, 1, 2) if found.dim() == 4 else found

@@ -29,7 +29,12 @@ class Noise(abc.ABC):
     """A law of random perturbations; `radius` is what it certifies and `measure` in what."""
 
     measure: ClassVar[str]  # what the radius is a bound on, in words
-    norm: ClassVar[float | None] = None  # p, where that is the l_p norm of what is added to the input; None for a transform
+    norm: ClassVar[float | None] = None  # p, where that is the l_p norm of what is added to the input; None for pixels and transforms
+
+    @property
+    def unit(self) -> str:
+        """What results store as the norm of a radius: 1, 2 or inf for that l_p norm of what is added to the input, else the measure in words."""
+        return self.measure if self.norm is None else f"{self.norm:g}"
 
     @abc.abstractmethod
     def radius(self, p_lower: ArrayLike, p_upper: ArrayLike | None = None) -> Array:
@@ -134,7 +139,7 @@ class UniformLinf(Noise):
 
 @dataclasses.dataclass(frozen=True)
 class Ablation(Noise):
-    """All but `keep` of `dimension` pixels are hidden, at random: the number of pixels that may change, all of them included (Levine & Feizi 2020).
+    """All but `keep` of `dimension` pixels, with all their channels, are hidden at random: the number of pixels that may change (Levine & Feizi 2020).
 
     The largest rho with `p_A - D > p_B + D`, D = 1 - C(dimension - rho, keep) / C(dimension, keep) the chance that a changed pixel is kept. The ball is
     closed: rho changed pixels are allowed.
@@ -143,7 +148,6 @@ class Ablation(Noise):
     keep: int
     dimension: int
     measure: ClassVar[str] = "number of changed pixels, inclusive"
-    norm: ClassVar[float | None] = 0.0
 
     def __post_init__(self) -> None:
         _check_count(self.dimension, "dimension")

@@ -45,7 +45,7 @@ def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pe
             "label": int(dataset.labels[done.index]),
             **_verdict(int(done.selection.favourite), distance, certified_radius(done.outcome, distance), int(dataset.labels[done.index])),
             "method": "smoothing",
-            "norm": f"{method.norm:g}",
+            "norm": method.noise.unit,
             "guarantee": "probabilistic",
             "alpha": done.outcome.alpha,
             "n": done.looks[-1].n,
@@ -73,7 +73,7 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
     """What the manifest of a run says of its method."""
     return {
         "method": repr(method),
-        "norm": f"{method.norm:g}",
+        "norm": method.noise.unit,
         "guarantee": "probabilistic",
         "failure": method.schedule.alpha,
         "seed": method.seed,

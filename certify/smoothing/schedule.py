@@ -218,9 +218,11 @@ class Procedure:
             "distance": self.distance,
         }
 
-    def interval(self, look: int, selection: Tally, tally: Tally) -> tuple[Array, Array]:
-        """`(p_lower, p_upper)` at this look (of separate runs along the leading axes), for the class that `selection` favours."""
-        p_lower, p_upper = self.share.interval(self.bound, tally, selection.favourite, self.schedule.alphas[look], selection)
+    def interval(self, look: int, selection: Tally, tally: Tally, label: int | None = None) -> tuple[Array, Array]:
+        """`(p_lower, p_upper)` at this look (of separate runs along the leading axes), for the class that `selection` favours, or for `label`, which was
+        chosen without a look at `tally` either."""
+        chosen = selection.favourite if label is None else np.asarray(label)
+        p_lower, p_upper = self.share.interval(self.bound, tally, chosen, self.schedule.alphas[look], selection)
         if self.distance == 0:
             return p_lower, p_upper
         return np.maximum(np.nextafter(p_lower - self.distance, -1), 0.0), np.minimum(np.nextafter(p_upper + self.distance, 2), 1.0)

@@ -1,8 +1,8 @@
 """From the logits of noisy copies to whole numbers: votes, and soft scores in fixed point. Sums of whole numbers do not depend on their order.
 
 A copy is invalid where one of its logits is not finite, or where its two largest are not more than the vote margin apart; it counts against every class.
-Logits are rounded to float32 first, and soft scores are a softmax in fixed point with operations that round the same way everywhere: from equal logits every
-back end makes equal counts.
+Logits are rounded to float32 first, and soft scores are a softmax or a sparsemax in fixed point with operations that round the same way everywhere: from equal
+logits every back end makes equal counts.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def count_rows(
     sums: Counts | None = None,  # (slots, classes): of soft scores, in 1/UNIT; added to in place
     squares: Counts | None = None,  # (slots, classes): of their squares, in 1/UNIT^2
     temperature: float = 1.0,
+    sparse: bool = False,  # sparsemax scores instead of those of a softmax
 ) -> None:
     """Votes go to the largest logit, the first of several. With a margin, a vote counts where the float32 difference of the two largest is above the float32
     margin: rounding keeps order, so the difference itself is then at least the margin itself.
@@ -55,7 +56,7 @@ def count_rows(
     votes = np.where(valid, top, values.shape[1])
     counts += np.bincount(slot * counts.shape[1] + votes, minlength=counts.size).reshape(counts.shape)
     if sums is not None and squares is not None:
-        scores = soft_scores(values[valid], temperature)
+        scores = (sparse_scores if sparse else soft_scores)(values[valid], temperature)
         np.add.at(sums, slot[valid], scores)
         np.add.at(squares, slot[valid], scores * scores)
 
@@ -79,3 +80,22 @@ def soft_scores(logits: NDArray[np.float32], temperature: float = 1.0) -> Counts
     y = y * (x * x) + x + f(1)
     e = (y * ((nearest + np.int32(127 + 40)) << 23).view(f)).astype(np.int64)
     return e * UNIT // e.sum(axis=1, keepdims=True)
+
+
+def sparse_scores(logits: NDArray[np.float32], temperature: float = 1.0) -> Counts:
+    """sparsemax(logits / temperature) in fixed point, for finite logits: `floor(UNIT max(z_k - t, 0))`, t such that the exact scores add up to 1.
+
+    z_k = (logit - largest) / temperature, which no score depends on below -1: for t >= -1, as the largest z is 0 and its score at most 1. In units of 2^-40,
+    z and sums of it are whole numbers; with the m largest in the support, m t is their sum less 1, and what is rounded is a quotient of whole numbers.
+    The scores of a row add up to at most 1, and each is within 2 / UNIT of the sparsemax of the logits, above or below: one for rounding down; the float32
+    error of z, 3e-7 at most where it is above -1, moves a score by no more than twice as much.
+    """
+    f = np.float32
+    with np.errstate(over="ignore"):
+        x = np.maximum((logits - logits.max(axis=1, keepdims=True)) / f(temperature), f(-1))
+    z = np.floor(x.astype(np.float64) * 2.0**40).astype(np.int64)
+    falling = -np.sort(-z, axis=1)
+    excess = falling.cumsum(axis=1) - (1 << 40)
+    support = np.sum(falling * np.arange(1, z.shape[1] + 1) > excess, axis=1, keepdims=True)
+    above = support * z - np.take_along_axis(excess, support - 1, 1)  # m (z - t)
+    return np.asarray(np.maximum(above, 0) // (support * ((1 << 40) // UNIT)))

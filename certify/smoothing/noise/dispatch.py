@@ -70,11 +70,13 @@ def count_rows(
     sums: Any = None,  # (slots, classes) int64, of soft scores and of their squares: both or neither
     squares: Any = None,
     temperature: float = 1.0,
+    sparse: bool = False,  # sparsemax scores instead of those of a softmax
     backend: str | None = None,
 ) -> None:
     """Add votes, and soft scores where there are tables for them, to what is in the tables (see counts).
 
-    On a GPU nothing is read back, and a slot out of range is not counted. Raises CertifyError for shapes, dtypes and slots that do not fit.
+    On a GPU nothing is read back, and a slot out of range is not counted; but sparsemax scores are counted on the host.
+    Raises CertifyError for shapes, dtypes and slots that do not fit.
     """
     tables = [table for table in (counts, sums, squares) if table is not None]
     counting.check(logits.shape[1], tuple(counts.shape), (_shape(sums), _shape(squares)), margin, temperature)
@@ -84,6 +86,9 @@ def count_rows(
         raise CertifyError(f"logits on {_device(logits)}, rows on {_device(rows)} and counts on {_device(counts)}: they are needed in one place")
     if len(rows) == 0:
         return
+    if sparse and _device(logits) != "cpu":
+        _count_on_the_host(logits, rows, tables, margin, temperature)
+        return
     if backend == "triton" or _device(logits) != "cpu":
         _kernels().launch_stats(logits.detach().contiguous(), rows, counts, margin, sums, squares, temperature)
         return
@@ -91,7 +96,16 @@ def count_rows(
     check_rows(table, len(counts))
     values = logits.detach().float() if _is_tensor(logits) else logits
     soft = [None if table is None else np.asarray(table) for table in (sums, squares)]
-    counting.count_rows(np.asarray(values), table[:, 0], np.asarray(counts), margin, soft[0], soft[1], temperature)
+    counting.count_rows(np.asarray(values), table[:, 0], np.asarray(counts), margin, soft[0], soft[1], temperature, sparse)
+
+
+def _count_on_the_host(logits: Any, rows: Any, tables: list[Any], margin: float, temperature: float) -> None:
+    """Sparsemax scores of logits on a device."""
+    added = [table.new_zeros(table.shape, device="cpu") for table in tables]
+    soft = {"sums": added[1], "squares": added[2]} if len(added) == 3 else {}
+    count_rows(logits.detach().float().cpu(), rows.cpu(), added[0], margin=margin, temperature=temperature, sparse=True, **soft)
+    for table, more in zip(tables, added, strict=True):
+        table += more.to(table.device)
 
 
 def _check(noise: Grid | Gauss, images: Any, rows: Any, out: Any) -> None:

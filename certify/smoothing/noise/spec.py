@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from certify.errors import CertifyError
-from certify.smoothing.noise.tables import Tables, tables
+from certify.smoothing.noise.tables import TAILS, Tables, tables
 
 Rows = NDArray[np.int64]  # (rows, 3): slot, stream, sample
 Words = NDArray[np.uint32]
@@ -60,11 +60,16 @@ def words(seed: int, rows: Rows, elements: int, low: bool = False) -> Words:
     return np.stack(found, axis=-1).reshape(len(rows), -1)[:, :elements]
 
 
+def check_seed(seed: int) -> None:
+    """Raises CertifyError unless it can be the key of Philox."""
+    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
+        raise CertifyError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
+
+
 def _check(sigma: float, seed: int, scale: tuple[float, ...] | None, bias: tuple[float, ...]) -> None:
     if not 1e-30 <= sigma <= 1e30:
         raise CertifyError(f"sigma is a positive, finite number that float32 can hold, got {sigma}")
-    if not isinstance(seed, int) or not 0 <= seed < 1 << 64:
-        raise CertifyError(f"a seed is a whole number from 0 to 2^64 - 1, got {seed}")
+    check_seed(seed)
     sizes = {len(bias), len(bias if scale is None else scale)}
     if 0 in sizes or len(sizes - {1}) > 1 or not np.isfinite([*(scale or ()), *bias]).all():
         raise CertifyError(f"scale and bias are finite numbers, one or one for each channel, got {scale} and {bias}")
@@ -79,6 +84,7 @@ def _channels(scale: tuple[float, ...], bias: tuple[float, ...]) -> tuple[Floats
 class Grid:
     """Whole-number noise: k = N(0, (sigma levels)^2) rounded to the nearest integer, for images X of whole numbers that stand for X / levels.
 
+    `law` names the noise where it is not Gaussian: Laplace noise of scale sigma, or uniform noise on [-sigma, sigma]; all that follows is true of each.
     Rounding to the grid commutes with adding a point X of it, so X + k is `round(X + levels sigma z)`, z normal, and smoothing any f with it is Gaussian
     smoothing of f after rounding to the grid, a function of real inputs. Its radius holds for real perturbations of X / levels with no word on floating point
     (Voracek & Hein 2022), but for the total variation of `tables.total_variation`, which is taken from every lower bound on a probability.
@@ -93,16 +99,19 @@ class Grid:
     levels: int = 255
     scale: tuple[float, ...] | None = None  # one, or one for each channel
     bias: tuple[float, ...] = (0.0,)
+    law: str = "gaussian"  # or "laplace", "uniform"
 
     def __post_init__(self) -> None:
         _check(self.sigma, self.seed, self.scale, self.bias)
+        if self.law not in TAILS:
+            raise CertifyError(f"the law of whole-number noise is one of {', '.join(TAILS)}, got {self.law!r}")
         if not isinstance(self.levels, int) or not 1 <= self.levels <= 1 << 16:
             raise CertifyError(f"the levels of a grid are a whole number from 1 to 65536, got {self.levels}")
 
     @property
     def tables(self) -> Tables:
         """Thresholds and what is made of them."""
-        return tables(self.sigma, self.levels)
+        return tables(self.sigma, self.levels, self.law)
 
     @property
     def channels(self) -> tuple[Floats, Floats]:
@@ -224,8 +233,9 @@ def bfloat16_bits(y: Floats) -> NDArray[np.uint16]:
     return np.where(np.isnan(y), np.uint32(0x7FC0), rounded).astype(np.uint16)
 
 
-def to_grid(inputs: ArrayLike, levels: int = 255) -> tuple[Integers, NDArray[np.float64]]:
-    """The nearest whole numbers X to `levels` times the inputs (N, ...), and the l2 distances from X / levels, rounded up: to be taken from the radius.
+def to_grid(inputs: ArrayLike, levels: int = 255, norm: float = 2.0) -> tuple[Integers, NDArray[np.float64]]:
+    """The nearest whole numbers X to `levels` times the inputs (N, ...), and the distances from X / levels in this norm (1, 2 or inf), rounded up: to be
+    taken from the radius.
 
     The distance of a float32 image from the bytes it was made of is not 0, since k / 255 is not a float32 number: about 1e-8 for each element, in l2.
     Raises CertifyError for inputs that are not finite or too large.
@@ -236,5 +246,5 @@ def to_grid(inputs: ArrayLike, levels: int = 255) -> tuple[Integers, NDArray[np.
     nearest = np.rint(x * levels)
     # x levels, X / levels and their difference have errors below 2^-52 (|x| + 1/levels) each
     apart = np.abs(x - nearest / levels) + (np.abs(x) + 1 / levels) * 2.0**-51
-    distance = np.sqrt(np.sum(apart.reshape(len(x), math.prod(x.shape[1:])) ** 2, axis=1)) * (1 + 1e-9)
+    distance = np.linalg.norm(apart.reshape(len(x), math.prod(x.shape[1:])), ord=norm, axis=1) * (1 + 1e-9)
     return nearest.astype(np.int32), distance

@@ -7,6 +7,7 @@ import decimal
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from decimal import Decimal
 
 import numpy as np
@@ -55,22 +56,25 @@ def _without_top_bit(word: NDArray[np.uint32]) -> NDArray[np.int32]:
     return np.where(word >> np.uint32(31) == 1, ~word, word).view(np.int32)
 
 
-def total_variation(sigma: float, elements: int, levels: int = 255) -> float:
+def total_variation(sigma: float, elements: int, levels: int = 255, law: str = "gaussian") -> float:
     """How far apart, in total variation, the law of the whole-number noise on `elements` elements and the ideal one are at most; rounded up.
 
     A probability under the one differs from that under the other by no more: with P_A >= p proved for the noise that is drawn, `p - total_variation` is a
     lower bound, and p_upper + total_variation an upper one, for the noise that the radius is about.
 
-    One element. The magnitude exceeds j - 1/2 with one sign with probability Q_j / 2^64, ideally T_j = Phi(-(j - 1/2) / s). With d_j = Q_j / 2^64 - T_j (and
-    Q_j = 0 for j > K), half the sum over k of the differences of both laws is `|d_1| + sum_(j <= K) |d_j - d_(j+1)| + T_(K+1)`: the first from k = 0, the last
-    from all |k| > K, and each other magnitude twice, halved. Elements are independent, and the total variations of independent parts add up at most.
+    One element. The magnitude exceeds j - 1/2 with one sign with probability Q_j / 2^64, ideally T_j (Phi(-(j - 1/2) / s) for the Gaussian). With
+    d_j = Q_j / 2^64 - T_j (and Q_j = 0 for j > K), half the sum over k of the differences of both laws is
+    `|d_1| + sum_(j <= K) |d_j - d_(j+1)| + T_(K+1)`: the first from k = 0, the last from all |k| > K, and each other magnitude twice, halved. Elements are
+    independent, and the total variations of independent parts add up at most.
     """
-    return multiply_up(float(elements), tables(sigma, levels).total_variation)
+    return multiply_up(float(elements), tables(sigma, levels, law).total_variation)
 
 
 @functools.lru_cache(maxsize=32)
-def tables(sigma: float, levels: int) -> Tables:
-    """The tables of `Grid(sigma, levels=levels)`: s = sigma levels. Raises CertifyError for s above 4096."""
+def tables(sigma: float, levels: int, law: str = "gaussian") -> Tables:
+    """The tables of `Grid(sigma, levels=levels, law=law)`: s = sigma levels. Raises CertifyError for s above 4096, and for a law that is not known."""
+    if law not in TAILS:
+        raise CertifyError(f"the law of whole-number noise is one of {', '.join(TAILS)}, got {law!r}")
     if sigma * levels > MOST_STEPS:
         raise CertifyError(f"whole-number noise has a sigma of at most {MOST_STEPS} steps of its grid, got {sigma} times {levels}")
     with decimal.localcontext(_CONTEXT):
@@ -78,7 +82,7 @@ def tables(sigma: float, levels: int) -> Tables:
         found: list[int] = []
         apart: list[Decimal] = []  # d_j
         while True:
-            exact = tail((Decimal(len(found)) + Decimal("0.5")) / s)
+            exact = TAILS[law]((Decimal(len(found)) + Decimal("0.5")) / s)
             nearest = int((exact * 2**64).to_integral_value())
             apart.append(Decimal(nearest) / 2**64 - exact)
             if nearest == 0:
@@ -119,6 +123,23 @@ def tail(t: Decimal) -> Decimal:
         term = term * square / odd
         total += term
     return Decimal("0.5") - weight * total
+
+
+def _laplace_tail(t: Decimal) -> Decimal:
+    """exp(-t) / 2, t > 0: correctly rounded, but for the rounding of t."""
+    return (-t).exp() / 2
+
+
+def _uniform_tail(t: Decimal) -> Decimal:
+    """(1 - t) / 2 for 0 < t < 1, 0 beyond."""
+    return max((1 - t) / 2, Decimal(0))
+
+
+TAILS: dict[str, Callable[[Decimal], Decimal]] = {  # P(z > t) for t > 0, to 1e-45, where z is symmetric and its scale is 1
+    "gaussian": tail,
+    "laplace": _laplace_tail,  # of density exp(-|z|) / 2
+    "uniform": _uniform_tail,  # on [-1, 1]
+}
 
 
 def _lookup(thresholds: tuple[int, ...], bits: int) -> tuple[int, int, NDArray[np.int64], float]:
