@@ -50,12 +50,17 @@ def side_by_side(ours: Callable[[], object], peer: Callable[[], object], rounds:
     return statistics.median(times[0]), statistics.median(times[1])
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """With --quick and --json."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--quick", action="store_true", help="fewer rounds")
+    made.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows there too")
+    return made
+
+
 def arguments(description: str) -> argparse.Namespace:
-    """--quick and --json."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows there too")
-    return parser.parse_args()
+    """--quick and --json, parsed."""
+    return parser(description).parse_args()
 
 
 def show(rows: Sequence[Row], unit: str, file: pathlib.Path | None) -> None:
