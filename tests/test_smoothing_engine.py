@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import nn
+from torch import fx, nn
 
 import certify
 import lipnet
@@ -241,7 +241,7 @@ def test_a_target_is_asked_around_the_input_itself():
 
 def test_batches_hold_about_as_many_numbers_whatever_the_inputs_are():
     rows = [Smoothing(Gaussian(0.5)).rows(shape) for shape in ((2,), (64,), (1, 28, 28), (3, 32, 32), (3, 224, 224), (3, 1024, 1024))]
-    assert rows == [4096, 4096, 256, 64, 32, 32]
+    assert rows == [16384, 16384, 256, 64, 32, 32]
     assert Smoothing(Gaussian(0.5), batch=7).rows((64,)) == 7
 
 
@@ -383,6 +383,35 @@ def test_what_is_smoothed_is_the_network_that_was_given(make):
     x = torch.randn(40, 1, 3, 3)
     with torch.no_grad():
         torch.testing.assert_close(forward(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+class Sums(nn.Module):
+    """Sums and activations of every kind, some read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.relu, self.last = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.relu(self.first(x))
+        twice = self.second(h)
+        kept = torch.relu(twice) + twice  # its ReLU may not be in place
+        h = self.relu(self.first(kept) + h)
+        y = self.relu(x)  # nor this one: the input is not ours
+        return self.last(nn.functional.relu(self.second(h) + x + y))
+
+
+@pytest.mark.parametrize("batch", [16, 4096])
+def test_what_is_done_in_place_and_in_parts_has_the_same_bits(batch):
+    net, x = Sums().eval(), torch.randn(batch, 6)
+    forward, _, done = prepare.prepared(net, (6,), batch)
+    assert "sums and ReLU in place" in done
+    assert ("1024 rows at a time" in done) == (batch == 4096)
+    assert sum(node.target is torch.relu_ for module in forward.modules() if isinstance(module, fx.GraphModule) for node in module.graph.nodes) == 3
+    with torch.no_grad():
+        kept = x.clone()
+        assert torch.equal(forward(x), torch.cat([net(part) for part in x.split(1024)]))
+        assert torch.equal(x, kept)
 
 
 class Odd(nn.Module):

@@ -67,7 +67,7 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default) or softmax:T, T the temperature")
     group.add_argument("--norm", choices=["2", "inf"], default="2", help="of the radius")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
-    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: about 2^18 numbers)")
+    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^20 for others)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 

@@ -48,7 +48,7 @@ class Smoothing(RobustnessMethod):
     tolerance: float | None = None
     levels: int | None = 255
     vote_margin: float = 0.0  # copies whose two largest logits are not further apart count against every class
-    batch: int | None = None  # rows of a batch; about 2^18 numbers unless given
+    batch: int | None = None  # rows of a batch; see `rows` unless given
     seed: int = 0
     engine: str = "torch"  # or "compile", "onnxruntime", "openvino" (certify.smoothing.engines)
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
@@ -78,8 +78,9 @@ class Smoothing(RobustnessMethod):
         return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
     def rows(self, shape: Shape) -> int:
-        """Of a batch of inputs of this shape: a power of two from 32 to 4096, unless given."""
-        return self.batch or min(max(1 << (2**18 // math.prod(shape)).bit_length() >> 1, 32), 4096)
+        """Of a batch of inputs of this shape, a power of two unless given: about 2^18 numbers for images, 2^20 for others, whose networks are smaller."""
+        numbers, most = (2**18, 4096) if len(shape) == 3 else (2**20, 16384)
+        return self.batch or min(max(1 << (numbers // math.prod(shape)).bit_length() >> 1, 32), most)
 
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""

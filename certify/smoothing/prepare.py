@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import lipnet
 from certify.errors import CertifyError
@@ -18,6 +21,9 @@ from lipnet.checkpoint import first_line
 
 _CLOSE = 1e-4  # of the largest logit: more than rounding does, less than another network does
 _MOST_ROWS = 1 << 20
+_PART = 1024  # rows of a small network whose activations stay in the second-level cache of a CPU, and in memory that is not mapped anew for each of them
+_SUMS, _RELUS = (operator.add, torch.add), (nn.functional.relu, torch.relu)
+_FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their output is in memory of its own
 
 
 def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None) -> tuple[Forward, int, tuple[str, ...]]:
@@ -29,7 +35,14 @@ def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", de
     classes = expected[0].shape[1]
     found: nn.Module = own
     done: list[str] = []
-    for step, name in ((lipnet.freeze, "weights as numbers"), (_folded, "batch normalisation folded into convolutions"), (_channels_last, "channels last")):
+    steps: list[tuple[Callable[[nn.Module], nn.Module | None], str]] = [
+        (lipnet.freeze, "weights as numbers"),
+        (_folded, "batch normalisation folded into convolutions"),
+        (_channels_last, "channels last"),
+    ]
+    if engine == "torch":
+        steps += [(_in_place, "sums and ReLU in place"), (functools.partial(_in_parts, batch=batch), f"{_PART} rows at a time")]
+    for step, name in steps:
         changed = _attempt(step, found, shape)
         if changed is not None and _same(changed, batches, expected):
             found, done = changed, [*done, name]
@@ -127,12 +140,13 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=_CLOSE * size, equal_nan=True)
 
 
-def _attempt(step: Callable[[nn.Module], nn.Module], net: nn.Module, shape: Shape) -> nn.Module | None:
+def _attempt(step: Callable[[nn.Module], nn.Module | None], net: nn.Module, shape: Shape) -> nn.Module | None:
     """The network after a step, or None where the step does not apply."""
     if (step is _folded and not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())) or (step is _channels_last and len(shape) != 3):
         return None
     try:
-        return step(copy.deepcopy(net)).eval().requires_grad_(False)
+        changed = step(copy.deepcopy(net))
+        return None if changed is None else changed.eval().requires_grad_(False)
     except Exception:  # a forward that torch.fx cannot trace
         return None
 
@@ -147,3 +161,53 @@ def _folded(net: nn.Module) -> nn.Module:
 
 def _channels_last(net: nn.Module) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _in_place(net: nn.Module) -> nn.Module | None:
+    """The same numbers, bit by bit, without new memory: a ReLU of what a layer or a sum has just made and nothing else reads, and a sum onto such a layer.
+
+    Linear layers are called as functions, for a small network waits longer for `nn.Module.__call__` than for its ReLU.
+    """
+    traced = net if isinstance(net, fx.GraphModule) else fx.symbolic_trace(net)
+    layers, nodes = dict(traced.named_modules()), traced.graph.nodes
+
+    def is_made(node: object, functions: tuple[Any, ...] = ()) -> bool:
+        """By a layer or one of the functions, for one other node alone."""
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return False
+        return type(layers[str(node.target)]) in _FRESH if node.op == "call_module" else node.op == "call_function" and node.target in functions
+
+    changed = False
+    for node in nodes:
+        first = node.args[0] if node.args else None
+        if node.op == "call_function" and node.target in _SUMS and not node.kwargs and is_made(first):
+            node.target, changed = operator.iadd, True
+        relu = type(layers[str(node.target)]) is nn.ReLU if node.op == "call_module" else node.op == "call_function" and node.target in _RELUS
+        if relu and is_made(first, (*_SUMS, operator.iadd)):
+            node.op, node.target, node.kwargs, changed = "call_function", torch.relu_, {}, True
+    if not changed:
+        return None
+    for node in [node for node in nodes if node.op == "call_module" and type(layers[str(node.target)]) is nn.Linear and not node.kwargs]:
+        with traced.graph.inserting_before(node):
+            weight = traced.graph.get_attr(f"{node.target}.weight")
+            bias = None if layers[str(node.target)].bias is None else traced.graph.get_attr(f"{node.target}.bias")
+        node.op, node.target, node.args = "call_function", nn.functional.linear, (node.args[0], weight, bias)
+    traced.recompile()
+    return traced
+
+
+class _Parts(nn.Module):
+    """A network on the rows of a batch, always as many at a time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(part) for part in x.split(_PART)])
+
+
+def _in_parts(net: nn.Module, batch: int) -> nn.Module | None:
+    """On a GPU, and where a batch is no multiple of a part, it is done at once."""
+    here = all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
+    return _Parts(net) if here and batch > _PART and batch % _PART == 0 else None
