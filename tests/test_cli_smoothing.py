@@ -137,7 +137,9 @@ def test_run_report_and_check_agree(model, whole, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more", [("--fixed",), ("--scores", "softmax:0.5"), ("--norm", "inf"), ("--levels", "0"), ("--target", "0.1"), ("--tol", "0.05")], ids=str
+    "more",
+    [("--fixed",), ("--scores", "softmax:0.5"), ("--norm", "inf"), ("--levels", "0"), ("--target", "0.1"), ("--tol", "0.05"), ("--shared-noise",)],
+    ids=str,
 )
 def test_every_kind_of_run_can_be_checked(model, tmp_path, capsys, more):
     assert run(model, tmp_path / "a", "--n", "400", "--limit", "5", *more) == 0
@@ -152,6 +154,20 @@ def test_shards_give_the_same_results(model, whole, tmp_path):
         assert run(model, tmp_path / "a", *LONG, "--shard", shard) == 0
     assert results(tmp_path / "a") == results(whole)
     assert run(model, tmp_path / "a", *LONG, "--shard", "99/100") == 0  # a shard without inputs
+
+
+def test_shards_of_shared_noise_give_the_same_results_and_the_manifest_says_that_it_is_shared(model, tmp_path):
+    few = ("--n", "1000", "--limit", "12", "--shared-noise")
+    for shard in ("1/3", "0/3", "2/3"):
+        assert run(model, tmp_path / "a", *few, "--shard", shard) == 0
+    assert run(model, tmp_path / "b", *few) == 0
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    assert "not independent" in manifest["smoothing"]["shared"]
+    assert manifest["prepared"][-1] == "first layer exact, its products with the noise shared"
+    del manifest["smoothing"]["shared"]
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
+    assert main(["check", str(tmp_path / "a")]) == 4
 
 
 def test_a_run_that_left_a_torn_line_is_resumed(model, whole, tmp_path):

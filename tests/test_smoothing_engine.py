@@ -508,5 +508,5 @@ def test_bad_questions_are_refused_in_one_sentence():
 def test_the_method_prints_all_that_its_numbers_depend_on():
     assert repr(Smoothing(Gaussian(0.5), schedule=FixedN(10, 100, 0.01))) == (
         "Smoothing(noise=Gaussian(sigma=0.5), scores=Hardmax(), schedule=FixedN(n0=10, n=100, alpha=0.01), bound=None, target=None, tolerance=None, "
-        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch')"
+        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch', shared=False)"
     )

@@ -69,6 +69,7 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
     group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^20 for others)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
+    group.add_argument("--shared-noise", action="store_true", help="one noise for all inputs: faster for small networks; certificates are then not independent")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
@@ -156,6 +157,7 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
         batch=args.batch,
         seed=args.seed,
         engine=args.engine,
+        shared=args.shared_noise,
     )
     forward, classes, done = method.prepared(model.net, model.shape)
     procedure = method.procedure(model.shape)

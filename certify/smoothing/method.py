@@ -25,6 +25,7 @@ from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.noises import Gaussian, GaussianLinf, Noise
 from certify.smoothing.prepare import prepared, tried
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
+from certify.smoothing.shared import BLOCK, FirstOnce, SharedCopies, once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Smoothing(RobustnessMethod):
     p_A; inputs off the grid are moved onto it, and the distance is taken from their radius. `levels=None` adds float noise to the inputs as they are, and the
     certificate takes for granted that it is Gaussian. Noise depends on `seed`, the number of the input and the number of the copy alone:
     inputs are numbered from 0 in every call, so all certificates of two calls hold, but they are not independent.
+
+    `shared` draws the same noise for all inputs: copy s of each has noise s. Every certificate holds as before, with its own alpha; but whether one fails is
+    then not independent of whether another does. Where the network begins with a linear layer, and runs by torch on the CPU on a grid, that layer is evaluated
+    in exact arithmetic, and its products with the noise are computed once for all inputs (`certify.smoothing.shared`).
 
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
     """
@@ -51,6 +56,7 @@ class Smoothing(RobustnessMethod):
     batch: int | None = None  # rows of a batch; see `rows` unless given
     seed: int = 0
     engine: str = "torch"  # or "compile", "onnxruntime", "openvino" (certify.smoothing.engines)
+    shared: bool = False  # one noise for all inputs
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -134,8 +140,14 @@ class Smoothing(RobustnessMethod):
         procedure.start(classes)
         batch = self.rows(shape)
         slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
-        source = _Copies(self.copies, shape, slots, batch, device)
-        yield from Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device).run(inputs)
+        noise = self.copies
+        if self.shared and isinstance(forward, FirstOnce) and isinstance(noise, Grid):
+            shared = SharedCopies(noise, forward, slots, batch)
+            engine = Engine(shared.forward, classes, procedure, shared, batch, slots, self.vote_margin, device, shared=True, turn=BLOCK)
+        else:
+            copies = _Copies(noise, shape, slots, batch, device)
+            engine = Engine(forward, classes, procedure, copies, batch, slots, self.vote_margin, device, self.shared)
+        yield from engine.run(inputs)
 
     def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, int, tuple[str, ...]]:
         """The function that is smoothed, as the engine runs it, its number of classes, and what was done to the network for it (see `prepare`).
@@ -145,7 +157,13 @@ class Smoothing(RobustnessMethod):
         """
         device = _device(net)
         if self.lipschitz is None:
-            return prepared(net, shape, self.rows(shape), self.engine, device)
+            run, classes, done = prepared(net, shape, self.rows(shape), self.engine, device)
+            noise, here = self.copies, self.engine == "torch" and device.type == "cpu"
+            if self.shared and here and isinstance(noise, Grid) and isinstance(run, nn.Module):
+                found = once(run, shape, noise, self.rows(shape))
+                if found is not None:
+                    return found, classes, (*done, "first layer exact, its products with the noise shared")
+            return run, classes, done
         graph = Graph.of(net, shape)
         if self.lipschitz.evidence.get("network") != graph.digest:
             raise StaleBound(str(self.lipschitz.evidence.get("network")), graph.digest)

@@ -21,7 +21,7 @@ from lipnet.checkpoint import first_line
 
 _CLOSE = 1e-4  # of the largest logit: more than rounding does, less than another network does
 _MOST_ROWS = 1 << 20
-_PART = 1024  # rows of a small network whose activations stay in the second-level cache of a CPU, and in memory that is not mapped anew for each of them
+PART = 1024  # rows of a small network whose activations stay in the second-level cache of a CPU, and in memory that is not mapped anew for each of them
 _SUMS, _RELUS = (operator.add, torch.add), (nn.functional.relu, torch.relu)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their output is in memory of its own
 
@@ -41,7 +41,7 @@ def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", de
         (_channels_last, "channels last"),
     ]
     if engine == "torch":
-        steps += [(_in_place, "sums and ReLU in place"), (functools.partial(_in_parts, batch=batch), f"{_PART} rows at a time")]
+        steps += [(_in_place, "sums and ReLU in place"), (functools.partial(_in_parts, batch=batch), f"{PART} rows at a time")]
     for step, name in steps:
         changed = _attempt(step, found, shape)
         if changed is not None and _same(changed, batches, expected):
@@ -123,19 +123,20 @@ def _check_rows(forward: Forward, x: Tensor, expected: Tensor) -> None:
             found = forward(torch.cat([x[:half], others]))
         except Exception as error:
             raise CertifyError(f"the network fails on a batch in which some rows are NaN, as padding is ({first_line(error)}); let it pass them on") from error
-        if not _close(found[:half], expected[:half]):
+        if not close(found[:half], expected[:half]):
             raise CertifyError("the network's output for an input depends on the other inputs of its batch; certificates are of functions of one input")
 
 
 @torch.no_grad()
 def _same(forward: Forward, batches: list[Tensor], expected: list[Tensor]) -> bool:
     try:
-        return all(_close(forward(x.clone()), logits) for x, logits in zip(batches, expected, strict=True))
+        return all(close(forward(x.clone()), logits) for x, logits in zip(batches, expected, strict=True))
     except Exception:  # a step that broke the network is not taken
         return False
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs are those of one network, up to rounding."""
     size = expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=_CLOSE * size, equal_nan=True)
 
@@ -196,7 +197,7 @@ def _in_place(net: nn.Module) -> nn.Module | None:
     return traced
 
 
-class _Parts(nn.Module):
+class Parts(nn.Module):
     """A network on the rows of a batch, always as many at a time."""
 
     def __init__(self, net: nn.Module) -> None:
@@ -204,10 +205,10 @@ class _Parts(nn.Module):
         self.net = net
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([self.net(part) for part in x.split(_PART)])
+        return torch.cat([self.net(part) for part in x.split(PART)])
 
 
 def _in_parts(net: nn.Module, batch: int) -> nn.Module | None:
     """On a GPU, and where a batch is no multiple of a part, it is done at once."""
     here = all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
-    return _Parts(net) if here and batch > _PART and batch % _PART == 0 else None
+    return Parts(net) if here and batch > PART and batch % PART == 0 else None

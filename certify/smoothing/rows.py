@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 import time
@@ -17,9 +18,11 @@ from certify.errors import CertifyError
 from certify.smoothing.engine import Forward
 from certify.smoothing.method import Smoothing, certified_radius
 from certify.smoothing.schedule import Procedure, Status
+from certify.smoothing.shared import FirstOnce
 from certify.smoothing.values import parse
 from lipnet.checkpoint import first_line
 
+_SHARED = "all inputs share their noise: each certificate fails with at most its alpha, but whether one does is not independent of the others"
 _TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
 
 
@@ -58,6 +61,9 @@ def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pe
 def _told(forward: Forward) -> Forward:
     """The same function, whose failure (memory, mostly) is one sentence: the rows before it are kept."""
 
+    if isinstance(forward, FirstOnce):
+        return dataclasses.replace(forward, rest=_told(forward.rest))
+
     def run(x: Tensor) -> Tensor:
         try:
             return forward(x)
@@ -84,6 +90,7 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
             "classes": classes,
             "batch": method.batch,
             "engine": method.engine,
+            **({"shared": _SHARED} if method.shared else {}),
         },
         "prepared": list(prepared),
         "assumptions": [assumption.name for assumption in sorted(method.assumptions, key=lambda a: a.name)],

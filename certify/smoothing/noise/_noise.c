@@ -96,6 +96,15 @@ INLINE int32_t as_bits(float x) {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* out (count, width) = (float)(noise + image): each row of doubles plus the one row, rounded once. */
+FAST void certify_noise_add(const double *noise, const double *image, int64_t count, int64_t width, float *out) {
+    for (int64_t row = 0; row < count; row++) {
+        const double *restrict a = noise + row * width, *restrict b = image;
+        float *restrict y = out + row * width;
+        for (int64_t i = 0; i < width; i++) y[i] = (float)(a[i] + b[i]);
+    }
+}
+
 /* |k| where the upper word does not decide: upwards from a lower bound, by 64-bit comparisons. */
 static int32_t climb(int32_t magnitude, int32_t v, uint32_t low, const int32_t *high_of, const uint32_t *low_of) {
     while (v < high_of[magnitude] || (v == high_of[magnitude] && low < low_of[magnitude])) magnitude++;
