@@ -65,6 +65,7 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
         "--levels", type=int, default=255, metavar="G", help="inputs are multiples of 1/G (default 255); 0: float noise, added to them as they are"
     )
     group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default) or softmax:T, T the temperature")
+    group.add_argument("--lipschitz", choices=["layerwise"], help="prove a Lipschitz constant of the network first: larger radii for soft scores")
     group.add_argument("--norm", choices=["2", "inf"], default="2", help="of the radius")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
     group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^20 for others)")
@@ -136,6 +137,7 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
     from certify.errors import CertifyError
+    from certify.methods import Layerwise, lipschitz
     from certify.smoothing import FixedN, Gaussian, GaussianLinf, GroupSequential, Hardmax, Softmax
     from certify.smoothing.method import Smoothing
     from certify.smoothing.rows import facts, rows
@@ -158,11 +160,12 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
         seed=args.seed,
         engine=args.engine,
         shared=args.shared_noise,
+        lipschitz=lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None,
     )
     forward, classes, done = method.prepared(model.net, model.shape)
     procedure = method.procedure(model.shape)
     procedure.start(classes)
-    about = {**facts(method, procedure, done, classes), "dtype": "weights as stored, evaluated in float32"}
+    about = facts(method, procedure, done, classes)
 
     def certify(pending: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
         """The rows one by one, and how fast it went."""

@@ -91,8 +91,10 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
             "batch": method.batch,
             "engine": method.engine,
             **({"shared": _SHARED} if method.shared else {}),
+            **({} if method.lipschitz is None else {"proof": method.lipschitz.method}),
         },
         "prepared": list(prepared),
+        "dtype": f"weights as stored, evaluated in {'float32' if method.lipschitz is None else 'float64'}",
         "assumptions": [assumption.name for assumption in sorted(method.assumptions, key=lambda a: a.name)],
         "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
     }
@@ -153,7 +155,7 @@ def differences(manifest: Mapping[str, Any], method: Smoothing, procedure: Proce
         raise CertifyError("the manifest says nothing of the smoothing it is of; make the folder again with certify run")
     proved = json.loads(json.dumps(facts(method, procedure, (), stored.get("classes"))))
     wrong = _unlike("smoothing.", stored, proved["smoothing"])
-    named = ("norm", "guarantee", "failure", "seed", "assumptions")
+    named = ("norm", "guarantee", "failure", "seed", "assumptions", "dtype")
     return [*_unlike("", {key: manifest.get(key) for key in named}, {key: proved[key] for key in named}), *wrong]
 
 
