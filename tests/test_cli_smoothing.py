@@ -146,6 +146,7 @@ def test_run_report_and_check_agree(model, whole, tmp_path, capsys):
         ("--target", "0.1"),
         ("--tol", "0.05"),
         ("--shared-noise",),
+        ("--dtype", "bfloat16"),
         ("--scores", "softmax:0.5", "--lipschitz", "layerwise"),
     ],
     ids=str,

@@ -1,5 +1,6 @@
 """The engine of smoothing: counts do not depend on how rows are packed, stopping is exact with rows in flight, and the whole method keeps its promises."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -346,6 +347,34 @@ def test_an_engine_that_is_missing_or_unknown_is_named():
         refused(r"lipnet\[engines\]", lambda: certify.robustness(network(), torch.rand(1, 6), Smoothing(Gaussian(0.4), schedule=SHORT, engine="openvino")))
 
 
+def test_bfloat16_is_another_function_and_never_used_unless_it_is_asked_for():
+    net, x = network(), torch.rand(4, 6)
+    method = Smoothing(Gaussian(0.4), schedule=SHORT, batch=256)
+    asked = dataclasses.replace(method, dtype="bfloat16")
+    default, _, _ = method.prepared(net, (6,))
+    assert {tensor.dtype for tensor in default.state_dict().values()} == {torch.float32}
+    certificate = certify.robustness(net, x, asked)
+    assert "dtype='bfloat16'" in certificate.method
+    assert "in bfloat16" in certificate.method
+    assert "bfloat16" not in certify.robustness(net, x, method).method
+    forward, _, _ = asked.prepared(net, (6,))
+    copies = torch.randn(256, 6)
+    with torch.no_grad():
+        assert torch.equal(forward(copies), copy.deepcopy(net).bfloat16()(copies.bfloat16()).float())
+        assert not torch.equal(forward(copies), net(copies))
+        assert torch.equal(default(copies), net(copies))
+    small = nn.Sequential(nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        small[0].weight.fill_(1.0)
+        small[0].bias.copy_(torch.tensor([1.0, 1 + 2**-12, 1 - 2**-12]))  # in bfloat16 the three are one, and the first wins
+    zero = torch.zeros(1, 6)
+    assert certify.robustness(small, zero, method).prediction[0] == 1
+    assert certify.robustness(small, zero, asked).prediction[0] == 0
+    refused("float64", lambda: dataclasses.replace(asked, scores=Softmax(1.0), lipschitz=certify.lipschitz(net, input_shape=(6,))))
+    refused("openvino runs it in float32", lambda: dataclasses.replace(asked, engine="openvino"))
+    refused("float32 or bfloat16", lambda: dataclasses.replace(method, dtype="float16"))
+
+
 class Shared(nn.Module):
     """A convolution and a batch normalisation, both used twice: folding one into the other would do it twice."""
 
@@ -508,5 +537,5 @@ def test_bad_questions_are_refused_in_one_sentence():
 def test_the_method_prints_all_that_its_numbers_depend_on():
     assert repr(Smoothing(Gaussian(0.5), schedule=FixedN(10, 100, 0.01))) == (
         "Smoothing(noise=Gaussian(sigma=0.5), scores=Hardmax(), schedule=FixedN(n0=10, n=100, alpha=0.01), bound=None, target=None, tolerance=None, "
-        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch', shared=False)"
+        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch', shared=False, dtype='float32')"
     )

@@ -70,6 +70,7 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
     group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^20 for others)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: certify the network as it is in bfloat16")
     group.add_argument("--shared-noise", action="store_true", help="one noise for all inputs: faster for small networks; certificates are then not independent")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
@@ -160,6 +161,7 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
         seed=args.seed,
         engine=args.engine,
         shared=args.shared_noise,
+        dtype=args.dtype,
         lipschitz=lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None,
     )
     forward, classes, done = method.prepared(model.net, model.shape)

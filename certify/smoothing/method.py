@@ -42,6 +42,9 @@ class Smoothing(RobustnessMethod):
     then not independent of whether another does. Where the network begins with a linear layer, and runs by torch on the CPU on a grid, that layer is evaluated
     in exact arithmetic, and its products with the noise are computed once for all inputs (`certify.smoothing.shared`).
 
+    `dtype="bfloat16"` certifies another function: the network with weights, inputs and all that lies between rounded to bfloat16, as torch evaluates it. Who
+    deploys it in float32 has no certificate.
+
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
     """
 
@@ -57,11 +60,17 @@ class Smoothing(RobustnessMethod):
     seed: int = 0
     engine: str = "torch"  # or "compile", "onnxruntime", "openvino" (certify.smoothing.engines)
     shared: bool = False  # one noise for all inputs
+    dtype: str = "float32"  # or "bfloat16": the network in bfloat16 is then what is smoothed
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.noise, Gaussian | GaussianLinf):
             raise CertifyError(f"copies are drawn with Gaussian noise so far, got {self.noise!r}; its radius can be had from counts of your own (Procedure)")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise CertifyError(f"a network is evaluated in float32 or bfloat16, got dtype={self.dtype!r}")
+        if self.dtype == "bfloat16" and (self.lipschitz is not None or self.engine != "torch"):
+            wanted = "with a Lipschitz constant it is evaluated in float64" if self.lipschitz is not None else f"{self.engine} runs it in float32"
+            raise CertifyError(f"bfloat16 is for a network that torch runs, and {wanted}; leave one of the two out")
         if self.batch is not None and not (isinstance(self.batch, int) and self.batch >= 1):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
         soft = self.scores.temperature if isinstance(self.scores, Softmax) else None
@@ -157,7 +166,7 @@ class Smoothing(RobustnessMethod):
         """
         device = _device(net)
         if self.lipschitz is None:
-            run, classes, done = prepared(net, shape, self.rows(shape), self.engine, device)
+            run, classes, done = prepared(net, shape, self.rows(shape), self.engine, device, self.dtype)
             noise, here = self.copies, self.engine == "torch" and device.type == "cpu"
             if self.shared and here and isinstance(noise, Grid) and isinstance(run, nn.Module):
                 found = once(run, shape, noise, self.rows(shape))

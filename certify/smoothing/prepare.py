@@ -21,15 +21,19 @@ from lipnet.checkpoint import first_line
 
 _CLOSE = 1e-4  # of the largest logit: more than rounding does, less than another network does
 _MOST_ROWS = 1 << 20
+_NARROW = 0.25  # of the largest logit: what rounding to 8 bits may do, on random inputs, in a deep network
 PART = 1024  # rows of a small network whose activations stay in the second-level cache of a CPU, and in memory that is not mapped anew for each of them
 _SUMS, _RELUS = (operator.add, torch.add), (nn.functional.relu, torch.relu)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their output is in memory of its own
 
 
-def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None) -> tuple[Forward, int, tuple[str, ...]]:
+def prepared(
+    net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None, dtype: str = "float32"
+) -> tuple[Forward, int, tuple[str, ...]]:
     """The function that is smoothed, its number of classes, and what was done to the network for it.
 
-    Each step is kept only if outputs stay those of the network on random batches. Raises CertifyError like `tried`, and for an engine that cannot run it.
+    Each step is kept only if outputs stay those of the network on random batches; `dtype="bfloat16"`, which changes them, is asked for. Raises CertifyError
+    like `tried`, and for an engine or a dtype that cannot run the network.
     """
     own, batches, expected = tried(net, shape, batch, device)
     classes = expected[0].shape[1]
@@ -46,6 +50,9 @@ def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", de
         changed = _attempt(step, found, shape)
         if changed is not None and _same(changed, batches, expected):
             found, done = changed, [*done, name]
+    if engine == "torch" and dtype == "bfloat16":
+        found = _narrow(found, shape, batches, expected)
+        return found, classes, (*done, "weights and all that is computed in bfloat16", "run by torch")
     if engine == "torch":
         return found, classes, (*done, "run by torch")
     run = compiled(found, shape, batch, engine)
@@ -98,12 +105,12 @@ def _batches(shape: Shape, batch: int, device: torch.device) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _logits(forward: Forward, x: Tensor, shape: Shape) -> Tensor:
+def _logits(forward: Forward, x: Tensor, shape: Shape, dtype: str = "float32") -> Tensor:
     """What the network says of a batch. Raises CertifyError where it is no classifier of such inputs."""
     try:
         logits = forward(x.clone())
     except Exception as error:  # torch raises many kinds here
-        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in float32: {first_line(error)}") from error
+        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in {dtype}: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise CertifyError(f"a classifier returns (batch, classes) with at least two classes, this network returns {found} for {len(x)} inputs")
@@ -195,6 +202,31 @@ def _in_place(net: nn.Module) -> nn.Module | None:
         node.op, node.target, node.args = "call_function", nn.functional.linear, (node.args[0], weight, bias)
     traced.recompile()
     return traced
+
+
+class _Narrow(nn.Module):
+    """A network in bfloat16, of inputs that are rounded to it; its logits as float32 numbers."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x.to(torch.bfloat16)).float()
+        return logits
+
+
+def _narrow(net: nn.Module, shape: Shape, batches: list[Tensor], expected: list[Tensor]) -> nn.Module:
+    """The network in bfloat16. Raises CertifyError where that does not run, is another network altogether, or depends on the rows of a batch."""
+    narrow = _Narrow(copy.deepcopy(net).to(torch.bfloat16))
+    found = [_logits(narrow, x, shape, "bfloat16") for x in batches]
+    apart = max(float((a - b).nan_to_num().abs().max() / b.nan_to_num().abs().max().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True))
+    if apart > _NARROW:
+        raise CertifyError(
+            f"in bfloat16 the logits of the network move by {apart:.2g} of the largest, more than rounding is expected to ({_NARROW}); use float32"
+        )
+    _check_rows(narrow, batches[0], found[0])
+    return narrow
 
 
 class Parts(nn.Module):

@@ -23,6 +23,11 @@ from certify.smoothing.values import parse
 from lipnet.checkpoint import first_line
 
 _SHARED = "all inputs share their noise: each certificate fails with at most its alpha, but whether one does is not independent of the others"
+_NUMBERS = {
+    "float32": "weights as stored, evaluated in float32",
+    "float64": "weights as stored, evaluated in float64",
+    "bfloat16": "weights rounded to bfloat16, evaluated in bfloat16: the certificates are of that network",
+}
 _TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
 
 
@@ -94,7 +99,7 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
             **({} if method.lipschitz is None else {"proof": method.lipschitz.method}),
         },
         "prepared": list(prepared),
-        "dtype": f"weights as stored, evaluated in {'float32' if method.lipschitz is None else 'float64'}",
+        "dtype": _NUMBERS["float64" if method.lipschitz is not None else method.dtype],
         "assumptions": [assumption.name for assumption in sorted(method.assumptions, key=lambda a: a.name)],
         "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
     }
