@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from certify.smoothing.noise import build
 from certify.smoothing.noise.build import LIBRARY, digest
+from certify.smoothing.noise.counts import count_rows
 from certify.smoothing.noise.spec import Floats, Gauss, Grid, Rows, apply, row_table
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_int64
@@ -34,10 +35,12 @@ def load(path: pathlib.Path) -> ctypes.CDLL | None:
             return None
         found.certify_noise_grid.argtypes = (*_COMMON, _POINTER, ctypes.c_int32, ctypes.c_int32, _POINTER, _POINTER, _POINTER)
         found.certify_noise_gauss.argtypes = (*_COMMON, ctypes.c_float, _POINTER)
+        found.certify_noise_votes.argtypes = (_POINTER, _POINTER, _LONG, _LONG, ctypes.c_float, _POINTER)
         found.certify_noise_add.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _POINTER)
     except (OSError, AttributeError, ValueError):  # not built, built for another machine, or of another version
         return None
-    found.certify_noise_grid.restype = found.certify_noise_gauss.restype = found.certify_noise_add.restype = None
+    for kernel in (found.certify_noise_grid, found.certify_noise_gauss, found.certify_noise_add, found.certify_noise_votes):
+        kernel.restype = None
     return found if _agrees(found) else None
 
 
@@ -90,6 +93,14 @@ def add_rows(
         kernels.certify_noise_add(noise.ctypes.data, image.ctypes.data, *out.shape, out.ctypes.data)
 
 
+def count_votes(logits: Floats, rows: Rows, counts: NDArray[np.int64], margin: float) -> bool:
+    """As `counts.count_rows` of votes, where the kernel is there; rows have been checked."""
+    if (kernels := library()) is None or not (logits.flags.c_contiguous and rows.flags.c_contiguous and counts.flags.c_contiguous):
+        return False
+    kernels.certify_noise_votes(logits.ctypes.data, rows.ctypes.data, *logits.shape, margin, counts.ctypes.data)
+    return True
+
+
 @functools.lru_cache(maxsize=8)
 def _repeated(noise: Grid | Gauss) -> tuple[Floats, Floats]:
     """Scale and bias of a chunk and one period more, so that each chunk finds its own from anywhere in the period."""
@@ -108,4 +119,8 @@ def _agrees(kernels: ctypes.CDLL) -> bool:
             return False
     addend, image, out = np.arange(300.0).reshape(2, 150) / 7, np.arange(150.0) / 11, np.empty((2, 150), dtype=np.float32)
     kernels.certify_noise_add(addend.ctypes.data, image.ctypes.data, *out.shape, out.ctypes.data)
-    return np.array_equal(out, (addend + image).astype(np.float32))
+    logits = np.where(np.arange(48).reshape(12, 4) % 13 == 5, np.nan, np.arange(48).reshape(12, 4) * 7 % 5).astype(np.float32)
+    counts, expected, slots = np.zeros((3, 5), dtype=np.int64), np.zeros((3, 5), dtype=np.int64), row_table(np.arange(12) % 4 - 1, 0, 0)
+    kernels.certify_noise_votes(logits.ctypes.data, slots.ctypes.data, *logits.shape, 1.0, counts.ctypes.data)
+    count_rows(logits, slots[:, 0], expected, 1.0)
+    return np.array_equal(out, (addend + image).astype(np.float32)) and np.array_equal(counts, expected)
