@@ -405,7 +405,21 @@ class Aliased(nn.Module):
         return (h + skip).mean((2, 3))
 
 
-@pytest.mark.parametrize("make", [Shared, Aliased])
+class Added(nn.Module):
+    """Adds in place to what it reads again behind a ReLU: that ReLU may not be in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+
+    def forward(self, x):
+        h = self.conv(x)
+        skip = h
+        h += 0.5
+        return (torch.relu(h) - skip).mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [Shared, Aliased, Added])
 def test_what_is_smoothed_is_the_network_that_was_given(make):
     net = make().eval()
     forward, _, _ = prepare.prepared(net, (1, 3, 3), 16)

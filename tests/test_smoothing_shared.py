@@ -38,7 +38,7 @@ def rows(net, x, method, numbers=None):
     return {done.index: (done.selection.to_json(), [tally.to_json() for tally in done.looks], done.outcome) for done in found}
 
 
-@pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("size", [1e-60, 1e-20, 1.0, 1e20])
 def test_the_first_layer_is_linear_to_the_last_bit(size):
     weight, bias = size * torch.randn(200, 17, dtype=torch.float64) * torch.logspace(0, -9, 200)[:, None], size * torch.randn(17, dtype=torch.float64)
     layer = shared.First.nearest(weight, bias)

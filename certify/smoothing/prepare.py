@@ -179,21 +179,26 @@ def _in_place(net: nn.Module) -> nn.Module | None:
     traced = net if isinstance(net, fx.GraphModule) else fx.symbolic_trace(net)
     layers, nodes = dict(traced.named_modules()), traced.graph.nodes
 
+    ours: set[fx.Node] = set()
+
     def is_made(node: object, functions: tuple[Any, ...] = ()) -> bool:
-        """By a layer or one of the functions, for one other node alone."""
+        """By a layer, one of the functions or a sum of ours, for one other node alone."""
         if not isinstance(node, fx.Node) or len(node.users) != 1:
             return False
-        return type(layers[str(node.target)]) in _FRESH if node.op == "call_module" else node.op == "call_function" and node.target in functions
+        if node.op == "call_module":
+            return type(layers[str(node.target)]) in _FRESH
+        return node in ours or (node.op == "call_function" and node.target in functions)
 
-    changed = False
     for node in nodes:
         first = node.args[0] if node.args else None
         if node.op == "call_function" and node.target in _SUMS and not node.kwargs and is_made(first):
-            node.target, changed = operator.iadd, True
+            node.target = operator.iadd
+            ours.add(node)
         relu = type(layers[str(node.target)]) is nn.ReLU if node.op == "call_module" else node.op == "call_function" and node.target in _RELUS
-        if relu and is_made(first, (*_SUMS, operator.iadd)):
-            node.op, node.target, node.kwargs, changed = "call_function", torch.relu_, {}, True
-    if not changed:
+        if relu and is_made(first, _SUMS):
+            node.op, node.target, node.kwargs = "call_function", torch.relu_, {}
+            ours.add(node)
+    if not ours:
         return None
     for node in [node for node in nodes if node.op == "call_module" and type(layers[str(node.target)]) is nn.Linear and not node.kwargs]:
         with traced.graph.inserting_before(node):

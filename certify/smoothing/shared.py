@@ -30,6 +30,7 @@ from certify.smoothing.prepare import PART, Parts, close
 LARGEST = 1 << 20  # of an entry of a copy, in steps of the grid
 BLOCK = 1024  # copies whose noise goes through the layer at once
 _KEPT = 1 << 23  # numbers that are kept of such products
+_MOST_ELEMENTS = 4096
 _AFFINE_FUNCTIONS, _AFFINE_METHODS = (torch.flatten, operator.sub, operator.truediv), ("flatten", "movedim")
 
 
@@ -46,7 +47,7 @@ class First:
     def nearest(cls, weight: Tensor, bias: Tensor) -> First:
         """From any weights: with u = 2^-52 of a power of two above all sums, rounding adds less than they still have room for, for up to 2^32 elements."""
         total = (weight.abs().sum(0) * LARGEST + bias.abs()) * (1 + 1e-9)
-        unit = torch.ldexp(torch.ones_like(total), torch.frexp(total).exponent.long() - 52)
+        unit = torch.from_numpy(np.ldexp(1.0, torch.frexp(total).exponent.numpy() - 52))
         return cls((weight / unit).round() * unit, (bias / unit).round() * unit)
 
     def __call__(
@@ -83,7 +84,7 @@ def once(net: nn.Module, shape: Shape, noise: Grid, batch: int) -> FirstOnce | N
                 return None
             node = following
         first, rest = _divided(traced, node, shape, float(noise.channels[0][0]))
-    except Exception:  # a forward that torch.fx cannot trace, a node that several read, shapes that are those of no such layer
+    except Exception:  # a forward that torch.fx cannot trace, a node that several read, shapes of no such layer
         return None
     found = FirstOnce(first, rest)
     return found if _same(found, net, shape, noise, batch) else None
@@ -134,7 +135,8 @@ def _divided(traced: fx.GraphModule, linear: fx.Node, shape: Shape, scale: float
         elif node.op == "get_attr" or (linear in early and node is not linear):
             late[node] = rest.node_copy(node, late.__getitem__)
     head.output(early[linear])
-    elements = math.prod(shape)
+    if (elements := math.prod(shape)) > _MOST_ELEMENTS:
+        raise ValueError(f"{elements} unit vectors take too much memory")
     unit = torch.eye(elements, dtype=torch.float64)
     points = unit.view(elements, *shape[1:], shape[0]).permute(0, 3, 1, 2) if len(shape) == 3 else unit.view(elements, *shape)
     affine = copy.deepcopy(fx.GraphModule(traced, head)).double()
