@@ -37,16 +37,16 @@ class Row:
         return "yes" if (self.ratio <= float(value) if sign == "<=" else self.ratio >= float(value)) else "no"
 
 
-def side_by_side(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float]:
+def side_by_side(ours: Callable[[], object], peer: Callable[[], object], rounds: int, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
     """Median seconds of both, run in turn after one warm-up each, so that a drift of the machine meets both alike."""
     ours()
     peer()
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for run, found in zip((ours, peer), times, strict=True):
-            start = time.perf_counter()
+            start = clock()
             run()
-            found.append(time.perf_counter() - start)
+            found.append(clock() - start)
     return statistics.median(times[0]), statistics.median(times[1])
 
 

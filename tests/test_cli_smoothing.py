@@ -138,7 +138,18 @@ def test_run_report_and_check_agree(model, whole, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "more",
-    [("--fixed",), ("--scores", "softmax:0.5"), ("--scores", "sparsemax:0.5"), ("--norm", "inf"), ("--levels", "0"), ("--target", "0.1"), ("--tol", "0.05")],
+    [
+        ("--fixed",),
+        ("--scores", "softmax:0.5"),
+        ("--scores", "sparsemax:0.5"),
+        ("--norm", "inf"),
+        ("--levels", "0"),
+        ("--target", "0.1"),
+        ("--tol", "0.05"),
+        ("--shared-noise",),
+        ("--dtype", "bfloat16"),
+        ("--scores", "softmax:0.5", "--lipschitz", "layerwise"),
+    ],
     ids=str,
 )
 def test_every_kind_of_run_can_be_checked(model, tmp_path, capsys, more):
@@ -154,6 +165,46 @@ def test_shards_give_the_same_results(model, whole, tmp_path):
         assert run(model, tmp_path / "a", *LONG, "--shard", shard) == 0
     assert results(tmp_path / "a") == results(whole)
     assert run(model, tmp_path / "a", *LONG, "--shard", "99/100") == 0  # a shard without inputs
+
+
+def test_shards_of_shared_noise_give_the_same_results_and_the_manifest_says_that_it_is_shared(model, tmp_path):
+    few = ("--n", "1000", "--limit", "12", "--shared-noise")
+    for shard in ("1/3", "0/3", "2/3"):
+        assert run(model, tmp_path / "a", *few, "--shard", shard) == 0
+    assert run(model, tmp_path / "b", *few) == 0
+    assert results(tmp_path / "a") == results(tmp_path / "b")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_text())
+    assert "not independent" in manifest["smoothing"]["shared"]
+    assert manifest["prepared"][-1] == "first layer exact, its products with the noise shared"
+    del manifest["smoothing"]["shared"]
+    (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
+    assert main(["check", str(tmp_path / "a")]) == 4
+
+
+def test_a_lipschitz_constant_is_proved_recorded_and_proved_again(model, tmp_path, capsys):
+    soft = ("--n", "400", "--limit", "8", "--sigma", "0.1", "--levels", "4096", "--scores", "softmax:0.3")
+    assert run(model, tmp_path / "plain", *soft) == run(model, tmp_path / "aware", *soft, "--lipschitz", "layerwise") == 0
+    plain, aware = ([json.loads(line)["radius"] for line in results(tmp_path / name).splitlines()] for name in ("plain", "aware"))
+    assert np.median(aware) > 1.1 * np.median(plain) > 0
+    path = tmp_path / "aware/manifest.json"
+    manifest = json.loads(path.read_text())
+    loaded = certify.models.load(model)
+    assert manifest["smoothing"]["lipschitz"] == certify.lipschitz(loaded.net, input_shape=(64,)).value
+    assert manifest["smoothing"]["proof"] == "Layerwise()"
+    assert manifest["dtype"] == "weights as stored, evaluated in float64"
+    assert "REAL_ARITHMETIC" in manifest["assumptions"]
+    for value, match in (
+        (manifest["smoothing"]["lipschitz"] / 2, "the proof gives"),
+        ("1", "the proof gives"),
+        (None, "dtype"),
+        (math.inf, "the proof gives"),
+    ):
+        path.write_text(json.dumps({**manifest, "smoothing": {**manifest["smoothing"], "lipschitz": value}}))
+        capsys.readouterr()
+        assert main(["check", str(tmp_path / "aware")]) == 4
+        assert match in capsys.readouterr().out
+    assert run(model, tmp_path / "c", "--n", "400", "--limit", "8", "--lipschitz", "layerwise") == 2  # votes have no Lipschitz constant
+    one_sentence(capsys, "votes")
 
 
 def test_a_run_that_left_a_torn_line_is_resumed(model, whole, tmp_path):

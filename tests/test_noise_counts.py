@@ -9,7 +9,7 @@ import torch
 
 from certify.errors import CertifyError
 from certify.smoothing import Sparsemax
-from certify.smoothing.noise import count_rows, counts, row_table
+from certify.smoothing.noise import count_rows, counts, native, row_table
 from certify.smoothing.noise.dispatch import _count_on_the_host
 
 SLOTS, CLASSES, N = 3, 6, 200
@@ -43,8 +43,11 @@ def by_hand(logits, rows, margin):
 
 @pytest.mark.parametrize("margin", [0.0, 0.25, 1e-3, 3.0])
 @pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
-def test_votes(margin, kind):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_votes(margin, kind, compiled, monkeypatch):
     logits, rows = case()
+    if not compiled:
+        monkeypatch.setattr(native, "library", lambda: None)
     found = kind(np.zeros((SLOTS, CLASSES + 1), dtype=np.int64))
     for part in (slice(0, 50), slice(50, N)):  # added to what is there
         count_rows(kind(logits[part]), kind(rows[part]), found, margin=margin)

@@ -104,7 +104,7 @@ def test_whole_numbers_follow_their_law_in_every_back_end(law, s):
     assert np.sum((found - expected) ** 2 / expected) < stats.chi2.isf(FAILURE, len(found) - 1)
 
 
-@pytest.mark.parametrize(("noise", "law"), [(Laplace(0.7), stats.laplace(scale=0.7)), (Uniform(0.4), stats.uniform(-0.4, 0.8))], ids=repr)
+@pytest.mark.parametrize(("noise", "law"), [(Laplace(0.7), stats.laplace(scale=0.7)), (Uniform(0.4), stats.uniform(-0.4, 0.8))], ids=["laplace", "uniform"])
 def test_floats_follow_their_law(noise, law):
     out = np.empty((256, 1 << 10), dtype=np.float32)
     Drawn(noise, 3).copies(np.full((1, 1 << 10), 0.5), row_table(0, 9, np.arange(256)), out)

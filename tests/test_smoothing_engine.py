@@ -1,5 +1,6 @@
 """The engine of smoothing: counts do not depend on how rows are packed, stopping is exact with rows in flight, and the whole method keeps its promises."""
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import nn
+from torch import fx, nn
 
 import certify
 import lipnet
@@ -241,7 +242,7 @@ def test_a_target_is_asked_around_the_input_itself():
 
 def test_batches_hold_about_as_many_numbers_whatever_the_inputs_are():
     rows = [Smoothing(Gaussian(0.5)).rows(shape) for shape in ((2,), (64,), (1, 28, 28), (3, 32, 32), (3, 224, 224), (3, 1024, 1024))]
-    assert rows == [4096, 4096, 256, 64, 32, 32]
+    assert rows == [16384, 16384, 256, 64, 32, 32]
     assert Smoothing(Gaussian(0.5), batch=7).rows((64,)) == 7
 
 
@@ -346,6 +347,34 @@ def test_an_engine_that_is_missing_or_unknown_is_named():
         refused(r"lipnet\[engines\]", lambda: certify.robustness(network(), torch.rand(1, 6), Smoothing(Gaussian(0.4), schedule=SHORT, engine="openvino")))
 
 
+def test_bfloat16_is_another_function_and_never_used_unless_it_is_asked_for():
+    net, x = network(), torch.rand(4, 6)
+    method = Smoothing(Gaussian(0.4), schedule=SHORT, batch=256)
+    asked = dataclasses.replace(method, dtype="bfloat16")
+    default, _, _ = method.prepared(net, (6,))
+    assert {tensor.dtype for tensor in default.state_dict().values()} == {torch.float32}
+    certificate = certify.robustness(net, x, asked)
+    assert "dtype='bfloat16'" in certificate.method
+    assert "in bfloat16" in certificate.method
+    assert "bfloat16" not in certify.robustness(net, x, method).method
+    forward, _, _ = asked.prepared(net, (6,))
+    copies = torch.randn(256, 6)
+    with torch.no_grad():
+        assert torch.equal(forward(copies), copy.deepcopy(net).bfloat16()(copies.bfloat16()).float())
+        assert not torch.equal(forward(copies), net(copies))
+        assert torch.equal(default(copies), net(copies))
+    small = nn.Sequential(nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        small[0].weight.fill_(1.0)
+        small[0].bias.copy_(torch.tensor([1.0, 1 + 2**-12, 1 - 2**-12]))  # in bfloat16 the three are one, and the first wins
+    zero = torch.zeros(1, 6)
+    assert certify.robustness(small, zero, method).prediction[0] == 1
+    assert certify.robustness(small, zero, asked).prediction[0] == 0
+    refused("float64", lambda: dataclasses.replace(asked, scores=Softmax(1.0), lipschitz=certify.lipschitz(net, input_shape=(6,))))
+    refused("openvino runs it in float32", lambda: dataclasses.replace(asked, engine="openvino"))
+    refused("float32 or bfloat16", lambda: dataclasses.replace(method, dtype="float16"))
+
+
 class Shared(nn.Module):
     """A convolution and a batch normalisation, both used twice: folding one into the other would do it twice."""
 
@@ -376,13 +405,56 @@ class Aliased(nn.Module):
         return (h + skip).mean((2, 3))
 
 
-@pytest.mark.parametrize("make", [Shared, Aliased])
+class Added(nn.Module):
+    """Adds in place to what it reads again behind a ReLU: that ReLU may not be in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+
+    def forward(self, x):
+        h = self.conv(x)
+        skip = h
+        h += 0.5
+        return (torch.relu(h) - skip).mean((2, 3))
+
+
+@pytest.mark.parametrize("make", [Shared, Aliased, Added])
 def test_what_is_smoothed_is_the_network_that_was_given(make):
     net = make().eval()
     forward, _, _ = prepare.prepared(net, (1, 3, 3), 16)
     x = torch.randn(40, 1, 3, 3)
     with torch.no_grad():
         torch.testing.assert_close(forward(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+class Sums(nn.Module):
+    """Sums and activations of every kind, some read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.relu, self.last = nn.Linear(6, 6), nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.relu(self.first(x))
+        twice = self.second(h)
+        kept = torch.relu(twice) + twice  # its ReLU may not be in place
+        h = self.relu(self.first(kept) + h)
+        y = self.relu(x)  # nor this one: the input is not ours
+        return self.last(nn.functional.relu(self.second(h) + x + y))
+
+
+@pytest.mark.parametrize("batch", [16, 4096])
+def test_what_is_done_in_place_and_in_parts_has_the_same_bits(batch):
+    net, x = Sums().eval(), torch.randn(batch, 6)
+    forward, _, done = prepare.prepared(net, (6,), batch)
+    assert "sums and ReLU in place" in done
+    assert ("1024 rows at a time" in done) == (batch == 4096)
+    assert sum(node.target is torch.relu_ for module in forward.modules() if isinstance(module, fx.GraphModule) for node in module.graph.nodes) == 3
+    with torch.no_grad():
+        kept = x.clone()
+        assert torch.equal(forward(x), torch.cat([net(part) for part in x.split(1024)]))
+        assert torch.equal(x, kept)
 
 
 class Odd(nn.Module):
@@ -483,5 +555,5 @@ def test_bad_questions_are_refused_in_one_sentence():
 def test_the_method_prints_all_that_its_numbers_depend_on():
     assert repr(Smoothing(Gaussian(0.5), schedule=FixedN(10, 100, 0.01))) == (
         "Smoothing(noise=Gaussian(sigma=0.5), scores=Hardmax(), schedule=FixedN(n0=10, n=100, alpha=0.01), bound=None, target=None, tolerance=None, "
-        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch')"
+        "levels=255, vote_margin=0.0, batch=None, seed=0, engine='torch', shared=False, dtype='float32')"
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from certify.margins import Margin
     from certify.models import Model
     from certify.smoothing.logs import Finding
+    from certify.smoothing.method import Smoothing
 
 HELP = "Prove every number of a results folder again, or look for impossible ones in a published log; exit with 4 if one is not what the proof gives."
 EPILOG = """examples:
@@ -122,9 +125,9 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
     """Each certificate from the counts that it claims to follow from. That the counts are those of the model is not looked at."""
     from certify.smoothing.rows import contradictions, differences, method_of, off_grid
 
-    method = method_of(manifest)
+    method, wrong = _with_lipschitz(method_of(manifest), lookup(manifest, "smoothing", "lipschitz"), model)
     procedure = method.procedure(dataset.inputs.shape[1:])
-    selected, wrong = set(manifest["selection"]), differences(manifest, method, procedure)
+    selected, wrong = set(manifest["selection"]), [*wrong, *differences(manifest, method, procedure)]
     for row in rows:
         index = row["index"]
         if index not in selected or not 0 <= index < len(dataset):
@@ -135,6 +138,19 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
             wrong += contradictions(row, procedure, manifest["smoothing"].get("classes"), off_grid(method, dataset.inputs[index]))
         advance(1)
     return f"{len(rows)} rows computed again from their counts", wrong
+
+
+def _with_lipschitz(method: Smoothing, stored: object, model: Model) -> tuple[Smoothing, list[str]]:
+    """The method with the Lipschitz constant that a manifest has, if any, and whether it is less than what is proved of the model again."""
+    from certify.methods import lipschitz
+
+    if stored is None:
+        return method, []
+    proved = lipschitz(model.net, input_shape=model.shape)
+    if isinstance(stored, float | int) and proved.value * (1 - _TOLERANCE) <= stored < math.inf:
+        return dataclasses.replace(method, lipschitz=dataclasses.replace(proved, value=float(stored))), []
+    wrong = f"the radii are of a Lipschitz constant {stored!r}, the proof gives {proved.value!r}"
+    return dataclasses.replace(method, lipschitz=proved), [wrong]
 
 
 def _log_file(args: argparse.Namespace) -> tuple[int, Found]:

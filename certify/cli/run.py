@@ -66,9 +66,12 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
         "--levels", type=int, metavar="G", help="inputs are multiples of 1/G (default 255); 0: as they are, and noise is float (what is not added has no grid)"
     )
     group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default), softmax:T or sparsemax:T, T the temperature")
+    group.add_argument("--lipschitz", choices=["layerwise"], help="prove a Lipschitz constant of the network first: larger radii for soft scores")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
-    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: about 2^18 numbers)")
+    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^20 for others)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
+    group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: certify the network as it is in bfloat16")
+    group.add_argument("--shared-noise", action="store_true", help="one noise for all inputs: faster for small networks; certificates are then not independent")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
@@ -135,6 +138,7 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
     from certify.errors import CertifyError
+    from certify.methods import Layerwise, lipschitz
     from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax, Sparsemax
     from certify.smoothing.method import Smoothing, on_grid
     from certify.smoothing.rows import facts, rows
@@ -156,11 +160,14 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
         batch=args.batch,
         seed=args.seed,
         engine=args.engine,
+        shared=args.shared_noise,
+        dtype=args.dtype,
+        lipschitz=lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None,
     )
     procedure = method.procedure(shape)
     forward, classes, done = method.prepared(model.net, shape)
     procedure.start(classes)
-    about = {**facts(method, procedure, done, classes), "dtype": "weights as stored, evaluated in float32"}
+    about = facts(method, procedure, done, classes)
 
     def certify(pending: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
         """The rows one by one, and how fast it went."""

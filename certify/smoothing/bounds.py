@@ -326,7 +326,9 @@ def _by_count(scores: Moments, bound: Callable[[Array], Array]) -> Array:
 def surely_certified(certified: int, inputs: int, alpha: float, failure: float) -> int:
     """How many of `certified` inputs (of `inputs` in all) hold at once, with probability at least 1 - failure, when each is false with at most alpha.
 
-    The false ones are no more than Bin(inputs, alpha), whatever is certified: its upper quantile comes off.
+    The false ones are no more than Bin(inputs, alpha), whatever is certified: its upper quantile comes off. That is for inputs with noise of their own. Where
+    they share it (`Smoothing(shared=True)`) failures may come together: their mean is still at most `inputs alpha`, so there are more than
+    `inputs alpha / failure` with probability at most `failure` (Markov).
     """
     check_alpha(alpha)
     check_alpha(failure)

@@ -86,8 +86,11 @@ class Engine:
         slots: int,  # inputs that are under way
         margin: float = 0.0,
         device: torch.device | None = None,
+        shared: bool = False,  # the noise of a copy depends on its number alone
+        turn: int | None = None,  # copies that an input takes before it is the turn of the next
     ) -> None:
         self.forward, self.classes, self.procedure, self.source, self.batch, self.margin = forward, classes, procedure, source, batch, margin
+        self.shared, self.turn = shared, turn or batch
         self.device = device or torch.device("cpu")
         sizes = procedure.schedule.sizes
         self.lengths = (procedure.schedule.n0, sizes[0], *(b - a for a, b in itertools.pairwise(sizes)))
@@ -121,25 +124,25 @@ class Engine:
     def _plan(self, source: Iterator[tuple[int, Tensor, float]]) -> tuple[np.ndarray, np.ndarray] | None:
         """The next rows, and where each is counted: first what is sure to be needed, then new inputs, then what may be needed. None: nothing is left."""
         parts: list[tuple[_Job, int, int, int]] = []  # job, segment, first copy, count
-        left = self.batch
-        for job in self.jobs:
-            left = self._take(job, left, parts, ahead=False)
+        left = self._round(self.batch, parts, ahead=False)
         while left and self.free and (found := next(source, None)) is not None:
             job = _Job(found[0], self.free.pop(), self.procedure.around(found[2]))
             self.source.hold(job.slot, found[1])
             for table in self.tables:
                 table[job.slot * len(self.lengths) : (job.slot + 1) * len(self.lengths)].zero_()
             self.jobs.append(job)
-            left = self._take(job, left, parts, ahead=False)
-        for job in self.jobs:
-            left = self._take(job, left, parts, ahead=True)
+            left = self._one_turn(job, left, parts, ahead=False)
+        for ahead in (False, True):
+            before = left + 1
+            while 0 < left < before:
+                before, left = left, self._round(left, parts, ahead)
         if not parts:
             return None
         rows, places, start = np.zeros((self.batch, 3), dtype=np.int64), np.zeros((self.batch, 3), dtype=np.int64), 0
         rows[:, 0] = places[:, 0] = -1  # padding, unless there is more
         for job, segment, first, count in parts:
             part = slice(start, start + count)
-            rows[part, 0], rows[part, 1] = job.slot, job.index
+            rows[part, 0], rows[part, 1] = job.slot, 0 if self.shared else job.index
             rows[part, 2] = np.arange(count) + self._sample(segment, first)
             places[part, 0] = job.slot * len(self.lengths) + segment
             start += count
@@ -148,6 +151,16 @@ class Engine:
     def _sample(self, segment: int, first: int) -> int:
         """The number of a copy: those that choose the class are apart from all others."""
         return SELECTION + first if segment == 0 else sum(self.lengths[1:segment]) + first
+
+    def _round(self, left: int, parts: list[tuple[_Job, int, int, int]], ahead: bool) -> int:
+        """A turn of every job; returns the room that is left."""
+        for job in self.jobs:
+            left = self._one_turn(job, left, parts, ahead)
+        return left
+
+    def _one_turn(self, job: _Job, left: int, parts: list[tuple[_Job, int, int, int]], ahead: bool) -> int:
+        room = min(left, self.turn)
+        return left - room + self._take(job, room, parts, ahead)
 
     def _take(self, job: _Job, left: int, parts: list[tuple[_Job, int, int, int]], ahead: bool) -> int:
         """Hand out copies of a job while there is room; returns the room that is left."""

@@ -41,6 +41,7 @@ from certify.smoothing.noises import (
 )
 from certify.smoothing.prepare import prepared, tried
 from certify.smoothing.schedule import GroupSequential, Outcome, Procedure, Schedule, Status
+from certify.smoothing.shared import BLOCK, FirstOnce, SharedCopies, once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,13 @@ class Smoothing(RobustnessMethod):
 
     Under `Ablation` the network is given x and then 1 - x along the first axis, so twice the channels, and 0 in both where a pixel is hidden.
 
+    `shared` draws the same noise for all inputs: copy s of each has noise s. Every certificate holds as before, with its own alpha; but whether one fails is
+    then not independent of whether another does. Where the network begins with a linear layer, and runs by torch on the CPU on a grid, that layer is evaluated
+    in exact arithmetic, and its products with the noise are computed once for all inputs (`certify.smoothing.shared`).
+
+    `dtype="bfloat16"` certifies another function: the network with weights, inputs and all that lies between rounded to bfloat16, as torch evaluates it. Who
+    deploys it in float32 has no certificate.
+
     `lipschitz`, a proved Bound of the logits of the very network, from l2 to l2 and everywhere, gives soft scores a larger radius where sigma is small.
     """
 
@@ -67,15 +75,22 @@ class Smoothing(RobustnessMethod):
     tolerance: float | None = None
     levels: int | None = 255
     vote_margin: float = 0.0  # copies whose two largest logits are not further apart count against every class
-    batch: int | None = None  # rows of a batch; about 2^18 numbers unless given
+    batch: int | None = None  # rows of a batch; see `rows` unless given
     seed: int = 0
     engine: str = "torch"  # or "compile", "onnxruntime", "openvino" (certify.smoothing.engines)
+    shared: bool = False  # one noise for all inputs
+    dtype: str = "float32"  # or "bfloat16": the network in bfloat16 is then what is smoothed
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if type(self.noise) not in _DRAWN:
             drawn = ", ".join(sorted(kind.__name__ for kind in _DRAWN))
             raise CertifyError(f"no copies are drawn with {self.noise!r}, but with {drawn}; its radius can be had from counts of your own (Procedure)")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise CertifyError(f"a network is evaluated in float32 or bfloat16, got dtype={self.dtype!r}")
+        if self.dtype == "bfloat16" and (self.lipschitz is not None or self.engine != "torch"):
+            wanted = "with a Lipschitz constant it is evaluated in float64" if self.lipschitz is not None else f"{self.engine} runs it in float32"
+            raise CertifyError(f"bfloat16 is for a network that torch runs, and {wanted}; leave one of the two out")
         if self.batch is not None and not (isinstance(self.batch, int) and self.batch >= 1):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
         soft = self.scores.temperature if isinstance(self.scores, Softmax | Sparsemax) else None
@@ -101,8 +116,9 @@ class Smoothing(RobustnessMethod):
         return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
     def rows(self, shape: Shape) -> int:
-        """Of a batch of inputs of this shape: a power of two from 32 to 4096, unless given."""
-        return self.batch or min(max(1 << (2**18 // math.prod(shape)).bit_length() >> 1, 32), 4096)
+        """Of a batch of inputs of this shape, a power of two unless given: about 2^18 numbers for images, 2^20 for others, whose networks are smaller."""
+        numbers, most = (2**18, 4096) if len(shape) == 3 else (2**20, 16384)
+        return self.batch or min(max(1 << (numbers // math.prod(shape)).bit_length() >> 1, 32), most)
 
     def procedure(self, shape: Shape) -> Procedure:
         """From counts of inputs of this shape to certificates."""
@@ -172,9 +188,14 @@ class Smoothing(RobustnessMethod):
         procedure.start(classes)
         batch = self.rows(shape)
         slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
-        copies = self.copies
-        source: Source = _Drawn(copies, shape, slots, batch, device) if isinstance(copies, Drawn) else _Copies(copies, shape, slots, batch, device)
-        yield from Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device).run(inputs)
+        noise = self.copies
+        if self.shared and isinstance(forward, FirstOnce) and isinstance(noise, Grid):
+            shared = SharedCopies(noise, forward, slots, batch)
+            engine = Engine(shared.forward, classes, procedure, shared, batch, slots, self.vote_margin, device, shared=True, turn=BLOCK)
+        else:
+            source: Source = _Drawn(noise, shape, slots, batch, device) if isinstance(noise, Drawn) else _Copies(noise, shape, slots, batch, device)
+            engine = Engine(forward, classes, procedure, source, batch, slots, self.vote_margin, device, self.shared)
+        yield from engine.run(inputs)
 
     def prepared(self, net: nn.Module, shape: Shape) -> tuple[Forward, int, tuple[str, ...]]:
         """The function that is smoothed, as the engine runs it, its number of classes, and what was done to the network for it (see `prepare`).
@@ -184,7 +205,13 @@ class Smoothing(RobustnessMethod):
         """
         device = device_of(net)
         if self.lipschitz is None:
-            return prepared(net, seen(self.noise, shape), self.rows(shape), self.engine, device)
+            run, classes, done = prepared(net, seen(self.noise, shape), self.rows(shape), self.engine, device, self.dtype)
+            noise, here = self.copies, self.engine == "torch" and device.type == "cpu"
+            if self.shared and here and isinstance(noise, Grid) and isinstance(run, nn.Module):
+                found = once(run, shape, noise, self.rows(shape))
+                if found is not None:
+                    return found, classes, (*done, "first layer exact, its products with the noise shared")
+            return run, classes, done
         graph = Graph.of(net, shape)
         if self.lipschitz.evidence.get("network") != graph.digest:
             raise StaleBound(str(self.lipschitz.evidence.get("network")), graph.digest)

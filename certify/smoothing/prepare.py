@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import operator
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import lipnet
 from certify.errors import CertifyError
@@ -18,21 +21,38 @@ from lipnet.checkpoint import first_line
 
 _CLOSE = 1e-4  # of the largest logit: more than rounding does, less than another network does
 _MOST_ROWS = 1 << 20
+_NARROW = 0.25  # of the largest logit: what rounding to 8 bits may do, on random inputs, in a deep network
+PART = 1024  # rows of a small network whose activations stay in the second-level cache of a CPU, and in memory that is not mapped anew for each of them
+_SUMS, _RELUS = (operator.add, torch.add), (nn.functional.relu, torch.relu)
+_FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their output is in memory of its own
 
 
-def prepared(net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None) -> tuple[Forward, int, tuple[str, ...]]:
+def prepared(
+    net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None, dtype: str = "float32"
+) -> tuple[Forward, int, tuple[str, ...]]:
     """The function that is smoothed, its number of classes, and what was done to the network for it.
 
-    Each step is kept only if outputs stay those of the network on random batches. Raises CertifyError like `tried`, and for an engine that cannot run it.
+    Each step is kept only if outputs stay those of the network on random batches; `dtype="bfloat16"`, which changes them, is asked for. Raises CertifyError
+    like `tried`, and for an engine or a dtype that cannot run the network.
     """
     own, batches, expected = tried(net, shape, batch, device)
     classes = expected[0].shape[1]
     found: nn.Module = own
     done: list[str] = []
-    for step, name in ((lipnet.freeze, "weights as numbers"), (_folded, "batch normalisation folded into convolutions"), (_channels_last, "channels last")):
+    steps: list[tuple[Callable[[nn.Module], nn.Module | None], str]] = [
+        (lipnet.freeze, "weights as numbers"),
+        (_folded, "batch normalisation folded into convolutions"),
+        (_channels_last, "channels last"),
+    ]
+    if engine == "torch":
+        steps += [(_in_place, "sums and ReLU in place"), (functools.partial(_in_parts, batch=batch), f"{PART} rows at a time")]
+    for step, name in steps:
         changed = _attempt(step, found, shape)
         if changed is not None and _same(changed, batches, expected):
             found, done = changed, [*done, name]
+    if engine == "torch" and dtype == "bfloat16":
+        found = _narrow(found, shape, batches, expected)
+        return found, classes, (*done, "weights and all that is computed in bfloat16", "run by torch")
     if engine == "torch":
         return found, classes, (*done, "run by torch")
     run = compiled(found, shape, batch, engine)
@@ -85,12 +105,12 @@ def _batches(shape: Shape, batch: int, device: torch.device) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _logits(forward: Forward, x: Tensor, shape: Shape) -> Tensor:
+def _logits(forward: Forward, x: Tensor, shape: Shape, dtype: str = "float32") -> Tensor:
     """What the network says of a batch. Raises CertifyError where it is no classifier of such inputs."""
     try:
         logits = forward(x.clone())
     except Exception as error:  # torch raises many kinds here
-        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in float32: {first_line(error)}") from error
+        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in {dtype}: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise CertifyError(f"a classifier returns (batch, classes) with at least two classes, this network returns {found} for {len(x)} inputs")
@@ -110,29 +130,31 @@ def _check_rows(forward: Forward, x: Tensor, expected: Tensor) -> None:
             found = forward(torch.cat([x[:half], others]))
         except Exception as error:
             raise CertifyError(f"the network fails on a batch in which some rows are NaN, as padding is ({first_line(error)}); let it pass them on") from error
-        if not _close(found[:half], expected[:half]):
+        if not close(found[:half], expected[:half]):
             raise CertifyError("the network's output for an input depends on the other inputs of its batch; certificates are of functions of one input")
 
 
 @torch.no_grad()
 def _same(forward: Forward, batches: list[Tensor], expected: list[Tensor]) -> bool:
     try:
-        return all(_close(forward(x.clone()), logits) for x, logits in zip(batches, expected, strict=True))
+        return all(close(forward(x.clone()), logits) for x, logits in zip(batches, expected, strict=True))
     except Exception:  # a step that broke the network is not taken
         return False
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether outputs are those of one network, up to rounding."""
     size = expected.nan_to_num(posinf=0.0, neginf=0.0).abs().max().item()
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=0.0, atol=_CLOSE * size, equal_nan=True)
 
 
-def _attempt(step: Callable[[nn.Module], nn.Module], net: nn.Module, shape: Shape) -> nn.Module | None:
+def _attempt(step: Callable[[nn.Module], nn.Module | None], net: nn.Module, shape: Shape) -> nn.Module | None:
     """The network after a step, or None where the step does not apply."""
     if (step is _folded and not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())) or (step is _channels_last and len(shape) != 3):
         return None
     try:
-        return step(copy.deepcopy(net)).eval().requires_grad_(False)
+        changed = step(copy.deepcopy(net))
+        return None if changed is None else changed.eval().requires_grad_(False)
     except Exception:  # a forward that torch.fx cannot trace
         return None
 
@@ -147,3 +169,83 @@ def _folded(net: nn.Module) -> nn.Module:
 
 def _channels_last(net: nn.Module) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _in_place(net: nn.Module) -> nn.Module | None:
+    """The same numbers, bit by bit, without new memory: a ReLU of what a layer or a sum has just made and nothing else reads, and a sum onto such a layer.
+
+    Linear layers are called as functions, for a small network waits longer for `nn.Module.__call__` than for its ReLU.
+    """
+    traced = net if isinstance(net, fx.GraphModule) else fx.symbolic_trace(net)
+    layers, nodes = dict(traced.named_modules()), traced.graph.nodes
+
+    ours: set[fx.Node] = set()
+
+    def is_made(node: object, functions: tuple[Any, ...] = ()) -> bool:
+        """By a layer, one of the functions or a sum of ours, for one other node alone."""
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return False
+        if node.op == "call_module":
+            return type(layers[str(node.target)]) in _FRESH
+        return node in ours or (node.op == "call_function" and node.target in functions)
+
+    for node in nodes:
+        first = node.args[0] if node.args else None
+        if node.op == "call_function" and node.target in _SUMS and not node.kwargs and is_made(first):
+            node.target = operator.iadd
+            ours.add(node)
+        relu = type(layers[str(node.target)]) is nn.ReLU if node.op == "call_module" else node.op == "call_function" and node.target in _RELUS
+        if relu and is_made(first, _SUMS):
+            node.op, node.target, node.kwargs = "call_function", torch.relu_, {}
+            ours.add(node)
+    if not ours:
+        return None
+    for node in [node for node in nodes if node.op == "call_module" and type(layers[str(node.target)]) is nn.Linear and not node.kwargs]:
+        with traced.graph.inserting_before(node):
+            weight = traced.graph.get_attr(f"{node.target}.weight")
+            bias = None if layers[str(node.target)].bias is None else traced.graph.get_attr(f"{node.target}.bias")
+        node.op, node.target, node.args = "call_function", nn.functional.linear, (node.args[0], weight, bias)
+    traced.recompile()
+    return traced
+
+
+class _Narrow(nn.Module):
+    """A network in bfloat16, of inputs that are rounded to it; its logits as float32 numbers."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x.to(torch.bfloat16)).float()
+        return logits
+
+
+def _narrow(net: nn.Module, shape: Shape, batches: list[Tensor], expected: list[Tensor]) -> nn.Module:
+    """The network in bfloat16. Raises CertifyError where that does not run, is another network altogether, or depends on the rows of a batch."""
+    narrow = _Narrow(copy.deepcopy(net).to(torch.bfloat16))
+    found = [_logits(narrow, x, shape, "bfloat16") for x in batches]
+    apart = max(float((a - b).nan_to_num().abs().max() / b.nan_to_num().abs().max().clamp(min=1e-30)) for a, b in zip(found, expected, strict=True))
+    if apart > _NARROW:
+        raise CertifyError(
+            f"in bfloat16 the logits of the network move by {apart:.2g} of the largest, more than rounding is expected to ({_NARROW}); use float32"
+        )
+    _check_rows(narrow, batches[0], found[0])
+    return narrow
+
+
+class Parts(nn.Module):
+    """A network on the rows of a batch, always as many at a time."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.net(part) for part in x.split(PART)])
+
+
+def _in_parts(net: nn.Module, batch: int) -> nn.Module | None:
+    """On a GPU, and where a batch is no multiple of a part, it is done at once."""
+    here = all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
+    return Parts(net) if here and batch > PART and batch % PART == 0 else None

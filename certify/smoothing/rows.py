@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import math
 import time
@@ -17,9 +18,16 @@ from certify.errors import CertifyError
 from certify.smoothing.engine import Forward
 from certify.smoothing.method import Smoothing, certified_radius
 from certify.smoothing.schedule import Procedure, Status
+from certify.smoothing.shared import FirstOnce
 from certify.smoothing.values import parse
 from lipnet.checkpoint import first_line
 
+_SHARED = "all inputs share their noise: each certificate fails with at most its alpha, but whether one does is not independent of the others"
+_NUMBERS = {
+    "float32": "weights as stored, evaluated in float32",
+    "float64": "weights as stored, evaluated in float64",
+    "bfloat16": "weights rounded to bfloat16, evaluated in bfloat16: the certificates are of that network",
+}
 _TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
 
 
@@ -58,6 +66,9 @@ def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pe
 def _told(forward: Forward) -> Forward:
     """The same function, whose failure (memory, mostly) is one sentence: the rows before it are kept."""
 
+    if isinstance(forward, FirstOnce):
+        return dataclasses.replace(forward, rest=_told(forward.rest))
+
     def run(x: Tensor) -> Tensor:
         try:
             return forward(x)
@@ -84,8 +95,11 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
             "classes": classes,
             "batch": method.batch,
             "engine": method.engine,
+            **({"shared": _SHARED} if method.shared else {}),
+            **({} if method.lipschitz is None else {"proof": method.lipschitz.method}),
         },
         "prepared": list(prepared),
+        "dtype": _NUMBERS["float64" if method.lipschitz is not None else method.dtype],
         "assumptions": [assumption.name for assumption in sorted(method.assumptions, key=lambda a: a.name)],
         "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
     }
@@ -146,7 +160,7 @@ def differences(manifest: Mapping[str, Any], method: Smoothing, procedure: Proce
         raise CertifyError("the manifest says nothing of the smoothing it is of; make the folder again with certify run")
     proved = json.loads(json.dumps(facts(method, procedure, (), stored.get("classes"))))
     wrong = _unlike("smoothing.", stored, proved["smoothing"])
-    named = ("norm", "guarantee", "failure", "seed", "assumptions")
+    named = ("norm", "guarantee", "failure", "seed", "assumptions", "dtype")
     return [*_unlike("", {key: manifest.get(key) for key in named}, {key: proved[key] for key in named}), *wrong]
 
 

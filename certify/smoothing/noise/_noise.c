@@ -96,6 +96,33 @@ INLINE int32_t as_bits(float x) {
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* out (count, width) = (float)(noise + image): each row of doubles plus the one row, rounded once. */
+FAST void certify_noise_add(const double *noise, const double *image, int64_t count, int64_t width, float *out) {
+    for (int64_t row = 0; row < count; row++) {
+        const double *restrict a = noise + row * width, *restrict b = image;
+        float *restrict y = out + row * width;
+        for (int64_t i = 0; i < width; i++) y[i] = (float)(a[i] + b[i]);
+    }
+}
+
+/* Votes as in counts.py: counts (slots, classes + 1) of logits (count, classes); rows are slot and two more, slot -1 is not counted. */
+void certify_noise_votes(const float *logits, const int64_t *rows, int64_t count, int64_t classes, float margin, int64_t *counts) {
+    for (int64_t row = 0; row < count; row++) {
+        const float *x = logits + row * classes;
+        const int64_t slot = rows[3 * row];
+        if (slot < 0) continue;
+        int64_t top = 0;
+        int invalid = 0;
+        for (int64_t k = 0; k < classes; k++) {
+            invalid |= (as_bits(x[k]) & 0x7F800000) == 0x7F800000;
+            top = x[k] > x[top] ? k : top;
+        }
+        if (!invalid && margin > 0)
+            for (int64_t k = 0; k < classes; k++) invalid |= k != top && !(x[top] - x[k] > margin);
+        counts[slot * (classes + 1) + (invalid ? classes : top)]++;
+    }
+}
+
 /* |k| where the upper word does not decide: upwards from a lower bound, by 64-bit comparisons. */
 static int32_t climb(int32_t magnitude, int32_t v, uint32_t low, const int32_t *high_of, const uint32_t *low_of) {
     while (v < high_of[magnitude] || (v == high_of[magnitude] && low < low_of[magnitude])) magnitude++;

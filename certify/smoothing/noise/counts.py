@@ -44,10 +44,12 @@ def count_rows(
     margin: rounding keeps order, so the difference itself is then at least the margin itself.
     """
     with np.errstate(over="ignore"):
-        values = np.asarray(logits).astype(np.float32)
-    kept = np.flatnonzero(slot >= 0)
-    values, slot = values[kept], slot[kept]
-    valid = np.asarray(np.isfinite(values).all(axis=1))
+        values = np.asarray(logits).astype(np.float32, copy=False)
+    if slot.min(initial=0) < 0:
+        kept = np.flatnonzero(slot >= 0)
+        values, slot = values[kept], slot[kept]
+    finite = np.isfinite(values)
+    valid = np.ones(len(values), dtype=np.bool_) if finite.all() else np.asarray(finite.all(axis=1))  # row by row takes ten times as long
     top = values.argmax(axis=1)
     if margin > 0 and values.shape[1] > 1:
         two = np.partition(np.where(valid[:, None], values, np.float32(0)), -2, axis=1)[:, -2:]

@@ -95,6 +95,8 @@ def count_rows(
     table = np.asarray(rows)
     check_rows(table, len(counts))
     values = logits.detach().float() if _is_tensor(logits) else logits
+    if sums is None and str(values.dtype).endswith("float32") and native.count_votes(np.asarray(values), table, np.asarray(counts), margin):
+        return
     soft = [None if table is None else np.asarray(table) for table in (sums, squares)]
     counting.count_rows(np.asarray(values), table[:, 0], np.asarray(counts), margin, soft[0], soft[1], temperature, sparse)
 

@@ -36,7 +36,7 @@ def row_table(slot: ArrayLike, stream: ArrayLike, sample: ArrayLike) -> Rows:
 def check_rows(rows: Rows, images: int) -> None:
     """Raises CertifyError unless slots are -1 or number images, streams have 32 bits and samples 63."""
     slot, stream, sample = rows.T
-    if not ((slot >= -1) & (slot < images) & (stream >= 0) & (stream < 1 << 32) & (sample >= 0)).all():
+    if len(rows) and not (slot.min() >= -1 and slot.max() < images and stream.min() >= 0 and stream.max() < 1 << 32 and sample.min() >= 0):
         raise CertifyError(f"each row has a slot from -1 to {images - 1}, a stream from 0 to 2^32 - 1 and a sample that is not negative")
 
 
