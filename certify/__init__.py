@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from certify.errors import StaleBound as StaleBound
     from certify.errors import Unsupported as Unsupported
     from certify.graph import Graph as Graph
+    from certify.lowrank import LowRank as LowRank
     from certify.margins import Margin as Margin
     from certify.margins import robustness as robustness
     from certify.methods import Layerwise as Layerwise
@@ -37,6 +38,7 @@ _HOME = {
     "Graph": "graph",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
+    "LowRank": "lowrank",
     "Margin": "margins", "robustness": "margins",
     "Smoothing": "smoothing.method",
 }  # fmt: skip
