@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from certify.errors import Unsupported as Unsupported
     from certify.graph import Graph as Graph
     from certify.lipsdp import LipSDP as LipSDP
+    from certify.lowrank import LowRank as LowRank
     from certify.margins import Margin as Margin
     from certify.margins import robustness as robustness
     from certify.methods import Layerwise as Layerwise
@@ -40,6 +41,7 @@ _HOME = {
     "LipSDP": "lipsdp",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
+    "LowRank": "lowrank",
     "Margin": "margins", "robustness": "margins",
     "Smoothing": "smoothing.method", "Mixed": "smoothing.mixed",
 }  # fmt: skip

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,24 @@ class LipSDP(LipschitzMethod):
         except ValueError as error:
             raise CertifyError(str(error)) from None
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """The options as plain data, from which `LipSDP.from_settings` makes the method again."""
+        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
+        return {name: str(value) if value == math.inf else value for name, value in plain.items()}
+
+    @classmethod
+    def from_settings(cls, settings: object) -> LipSDP:
+        """The method of these options. Raises CertifyError for what `settings` never gives."""
+        kinds = {"solver": str, "multipliers": str, "norm": float, "pairs": bool, "tolerance": float, "seconds": float}
+        if not isinstance(settings, dict) or set(settings) != set(kinds):
+            raise CertifyError(f"the settings of LipSDP are {', '.join(kinds)}, got {settings!r}")
+        try:
+            plain: dict[str, Any] = {name: value if isinstance(value, bool) else kinds[name](value) for name, value in settings.items()}
+            return cls(**plain)
+        except (TypeError, ValueError) as error:
+            raise CertifyError(f"the settings of LipSDP are not what it writes: {error}") from None
+
     def bound(self, graph: Graph, domain: Domain) -> Bound:
         layers = Layerwise().bound(graph, Everywhere())
         wired = wire(graph, domain)
@@ -74,6 +93,7 @@ class LipSDP(LipschitzMethod):
             assumptions=layers.assumptions | {Assumption.FLOAT64_LINALG},
             evidence={
                 "multipliers": found.multipliers,
+                "settings": self.settings,
                 "status": found.status,
                 "claimed": found.claimed,
                 "gap": found.gap,

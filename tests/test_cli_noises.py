@@ -146,7 +146,7 @@ def test_what_cannot_be_done_is_said_in_one_sentence(nets, tmp_path, capsys, noi
 
 
 def test_options_of_noise_are_for_smoothing(nets, tmp_path, capsys):
-    for option in (["--noise", "laplace"], ["--scale", "1"], ["--norm", "2"], ["--keep", "3"]):
+    for option in (["--noise", "laplace"], ["--scale", "1"], ["--keep", "3"]):
         assert main(["run", nets, "digits", "--input-shape", FLAT, "-o", str(tmp_path / "a"), *option]) == 2
         one_sentence(capsys, f"{option[0]} is for --method smoothing")
 

@@ -236,7 +236,7 @@ def test_the_network_is_given_what_is_kept_twice_and_zeros(shape):
     seen = []
     noise = Ablation(2, math.prod(shape[1:] if len(shape) == 3 else shape))
     x = torch.rand(2, *shape)
-    method = Smoothing(noise, schedule=FixedN(5, 30, 0.1), levels=None, seed=2)
+    method = Smoothing(noise, schedule=FixedN(5, 30, 0.1), levels=None, seed=2, batch=128)
     certify.robustness(sees(seen), x, method)
     rows = [row for batch in seen[-1:] for row in batch if not row.isnan().any()]
     assert len(rows) == 70

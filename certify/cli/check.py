@@ -88,6 +88,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
                 f"{args.folder}: the {what} has sha256 {found[:12]}, the results are of {stored[:12]}; name the file that was certified with {where}"
             )
     again = _counts if _counted(manifest) else _proof
+    again = _relaxations if str(manifest.get("method")).startswith("LowRank(") else again
     known = {"model.parameters": model.parameters, "model.classes": list(model.classes) if model.classes else None, "data.count": len(dataset)}
     told = {name: lookup(manifest, *name.split(".")) for name in known}
     wrong = [f"the manifest has {name} {told[name]!r}, the model and the data have {known[name]!r}" for name in known if told[name] != known[name]]
@@ -112,13 +113,34 @@ def _input_shape(manifest: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[i
 def _proof(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
     """The bound by its proof, each row by its logits."""
     from certify.graph import Graph
+    from certify.lipsdp import LipSDP
     from certify.margins import Margin
-    from certify.methods import lipschitz
+    from certify.methods import Layerwise, LipschitzMethod, lipschitz
 
-    bound = lipschitz(model.net, input_shape=model.shape)
+    stored = lookup(manifest, "bound", "lipsdp")
+    method: LipschitzMethod = Layerwise() if stored is None else LipSDP.from_settings(lookup(manifest, "bound", "lipsdp", "settings"))
+    bound = lipschitz(model.net, method, input_shape=model.shape)
     graph = Graph.of(model.net, model.shape)
     wrong = _bound_differences(manifest, bound) + _row_differences(rows, manifest, Margin(bound), graph, dataset, advance)
     return f"bound and {len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
+
+
+def _relaxations(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
+    """Each radius by a new proof at that radius."""
+    from certify.graph import Graph
+    from certify.lowrank import contradictions, method_of, relu_network
+
+    method, graph = method_of(manifest), Graph.of(model.net, model.shape)
+    network, selected = relu_network(graph), set(manifest["selection"])
+    told = {"norm": f"{method.norm:g}", "guarantee": "proof", "failure": 0.0, "assumptions": sorted(a.name for a in method.assumptions)}
+    wrong = [f"the manifest has {name} {manifest.get(name)!r}, its method has {value!r}" for name, value in told.items() if manifest.get(name) != value]
+    for row in rows:
+        if row["index"] not in selected or not 0 <= row["index"] < len(dataset):
+            wrong.append(f"input {row['index']} is not among those that were selected")
+        else:
+            wrong += contradictions(method, graph, network, dataset, row, _TOLERANCE)
+        advance(1)
+    return f"{len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
 
 
 def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
@@ -232,10 +254,11 @@ def _finished(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> list[s
 
 def _bound_differences(manifest: Mapping[str, Any], proved: Bound) -> list[str]:
     """The stored bound may be larger than the proved one, never smaller."""
-    stored = lookup(manifest, "bound", "value")
+    stored, norm = lookup(manifest, "bound", "value"), f"{proved.norm[0]:g}"
+    wrong = [] if manifest["norm"] == norm else [f"the manifest has radii in l{manifest['norm']}, the proof gives them in l{norm}"]
     if isinstance(stored, float | int) and stored >= proved.value * (1 - _TOLERANCE):
-        return []
-    return [f"the stored Lipschitz bound is {stored}, the proof gives {proved.value!r}"]
+        return wrong
+    return [*wrong, f"the stored Lipschitz bound is {stored}, the proof gives {proved.value!r}"]
 
 
 def _row_differences(

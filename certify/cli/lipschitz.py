@@ -157,6 +157,7 @@ def bound_json(bound: Bound) -> dict[str, Any]:
     if "status" in bound.evidence:
         numbers = {key: bound.evidence[key] for key in ("claimed", "gap", "layerwise")}
         about["lipsdp"] = {
+            "settings": bound.evidence["settings"],
             "status": bound.evidence["status"],
             **{key: value if math.isfinite(value) else None for key, value in numbers.items()},
             "nonlinearities": bound.evidence["nonlinearities"],

@@ -45,7 +45,7 @@ def add_noise(group: argparse._ArgumentGroup) -> None:
 
 def given_options(args: argparse.Namespace) -> list[str]:
     """Which of these were given."""
-    return [f"--{name}" for name in ("noise", *_OPTIONS, "norm") if getattr(args, name) is not None]
+    return [f"--{name}" for name in ("noise", *_OPTIONS) if getattr(args, name) is not None]
 
 
 def noise_of(

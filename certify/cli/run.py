@@ -39,16 +39,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, type=pathlib.Path, help="the results folder; an unfinished one is resumed")
     parser.add_argument(
         "--method",
-        choices=["margin", "smoothing"],
+        choices=["margin", "smoothing", "lowrank"],
         default="margin",
-        help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with noise on its inputs",
+        help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with noise on its inputs; "
+        "lowrank: a small network of linear layers and relu, with a semidefinite relaxation around each input",
     )
     some = parser.add_mutually_exclusive_group()
     some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
     some.add_argument("--indices", type=indices, metavar="A:B:C", help="these inputs only")
     parser.add_argument("--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)")
+    parser.add_argument(
+        "--bound",
+        choices=["layerwise", "lipsdp"],
+        default="layerwise",
+        help="with --method margin: of the network, layer by layer, or by a semidefinite program (tighter; radii in --norm, 1, 2 or inf)",
+    )
     parser.add_argument("--quiet", action="store_true", help="do not print the table")
     _add_smoothing(parser.add_argument_group("with --method smoothing"))
+    group = parser.add_argument_group("with --method lowrank (and --norm, as above)")
+    group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     add_radii(parser)
     add_json(parser)
 
@@ -96,10 +105,14 @@ def run(args: argparse.Namespace) -> int:
 
     if args.method != "smoothing" and (found := given_options(args)):
         raise CertifyError(f"{found[0]} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
+    if args.method != "margin" and args.bound != "layerwise":
+        raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
+    if args.method != "lowrank" and args.radius is not None:
+        raise CertifyError(f"--radius is for --method lowrank, and the method is {args.method}; --eps chooses the radii of the table")
     model = models.load(args.model, args.input_shape)
     shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
     dataset = data.load(args.data, shape)
-    prepare = _smoothing if args.method == "smoothing" else _margin
+    prepare = {"margin": _margin, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
     manifest = {**_manifest(model, dataset, _selection(args, len(dataset))), **facts}
     with Folder(args.output, manifest, args.shard or shard_here()) as folder:
@@ -114,12 +127,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The proved bound, for the manifest, and what makes rows with it."""
-    from certify.cli.lipschitz import bound_json
+    from certify.cli.console import live
+    from certify.cli.lipschitz import bound_json, progress_text
+    from certify.errors import CertifyError
     from certify.graph import Graph
+    from certify.lipsdp import LipSDP
     from certify.margins import Margin
     from certify.methods import Layerwise, lipschitz
 
-    bound = lipschitz(model.net, Layerwise(), input_shape=model.shape)
+    if args.bound == "layerwise" and args.norm not in (None, "2"):
+        raise CertifyError(f"layer by layer there are bounds from l2 only, got --norm {args.norm}; add --bound lipsdp")
+    with live() as say:
+        sdp_method = LipSDP(norm=float(args.norm or 2), report=lambda what, progress: say(progress_text(what, progress)))
+        bound = lipschitz(model.net, Layerwise() if args.bound == "layerwise" else sdp_method, input_shape=model.shape)
     method, graph = Margin(bound), Graph.of(model.net, model.shape)
     about = bound_json(bound)
     facts = {
@@ -180,6 +200,29 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
             sys.stderr.write(f"{copies} noisy copies in {took:.1f} s, {copies / took:.3g} per second\n")
 
     return about, certify
+
+
+def _lowrank(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
+    """The method, for the manifest, and what makes rows with it."""
+    from certify.errors import CertifyError
+    from certify.graph import Graph
+    from certify.lowrank import LowRank, relu_network, row
+
+    norm = args.norm or "2"
+    if norm == "1":
+        raise CertifyError("--method lowrank has radii in l2 and in the maximum norm, got --norm 1")
+    method, graph = LowRank(args.radius, float(norm)), Graph.of(model.net, model.shape)
+    network = relu_network(graph)
+    facts = {
+        "method": repr(method),
+        "norm": norm,
+        "guarantee": "proof",
+        "failure": 0.0,
+        "assumptions": sorted(assumption.name for assumption in method.assumptions),
+        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
+        "dtype": "weights as stored, bounded in float64",
+    }
+    return facts, lambda pending: ([row(method, graph, network, dataset, index)] for index in pending)
 
 
 def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[int]) -> list[dict[str, Any]]:
