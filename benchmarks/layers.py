@@ -2,6 +2,8 @@
 
 python -m benchmarks.layers [--quick] [--json FILE]
 
+A first layer gets images, which need no gradient: a plain convolution makes two passes, its output and the gradient of its weights, two in a row make five.
+Inside a network the input needs a gradient too: three passes and six.
 Peak memory is of fresh processes, so the order of the rows does not matter.
 """
 
@@ -33,6 +35,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "BRO, Fourier": (lambda: lipnet.FourierBROConv2d(CHANNELS, CHANNELS, SIZE), "-"),
     "sandwich, Cayley, Fourier": (lambda: lipnet.FourierSandwichConv2d(CHANNELS, CHANNELS, SIZE), "-"),
 }
+INSIDE = ("AOL", "BCOP", "BRO", "sandwich, AOL", "sandwich, BCOP")
 DENSE = (784, 256)
 Peers = dict[str, tuple[str, Callable[[Any], nn.Module]]]
 CONVOLUTION_PEERS: Peers = {
@@ -63,6 +66,7 @@ def step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         layer.zero_grad(set_to_none=True)
+        x.grad = None
         layer(x).square().sum().backward()
 
     return run
@@ -111,17 +115,24 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
+    leaf = x.clone().requires_grad_()
     plain = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
     rows = []
     layers = {name: (make(), goal) for name, (make, goal) in CONVOLUTIONS.items()}
     for name, (layer, goal) in layers.items():
-        rows.append(Row(f"training step, {name} / plain conv", *side_by_side(step(layer, x), step(plain, x), rounds), goal))
+        rows.append(Row(f"training step, first layer, {name} / plain conv", *side_by_side(step(layer, x), step(plain, x), rounds), goal))
+    for name in INSIDE:
+        layer, goal = layers[name]
+        rows.append(Row(f"training step, inside a network, {name} / plain conv", *side_by_side(step(layer, leaf), step(plain, leaf), rounds), goal))
     for peer, other in installed(CONVOLUTION_PEERS).items():
         rows.append(Row(f"training step, BCOP / {peer}", *side_by_side(step(layers["BCOP"][0], x), step(other, x), rounds)))
     twice = nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.ReLU(), nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False))
-    rows.append(Row("training step, two plain convs with a ReLU between / plain conv", *side_by_side(step(twice, x), step(plain, x), rounds)))
-    for name in ("sandwich, AOL", "sandwich, BCOP"):
-        rows.append(Row(f"training step, {name} / the plain modules it is", *side_by_side(step(layers[name][0], x), step(twice, x), rounds)))
+    for where, given in (("first layer", x), ("inside a network", leaf)):
+        what = f"training step, {where}, two plain convs with a ReLU between / plain conv"
+        rows.append(Row(what, *side_by_side(step(twice, given), step(plain, given), rounds)))
+        for name in ("sandwich, AOL", "sandwich, BCOP"):
+            what = f"training step, {where}, {name} / the plain modules it is"
+            rows.append(Row(what, *side_by_side(step(layers[name][0], given), step(twice, given), rounds)))
     vectors, dense = torch.randn(256, DENSE[0]), lipnet.BROLinear(*DENSE)
     for peer, other in {"plain linear": nn.Linear(*DENSE), **installed(DENSE_PEERS)}.items():
         what = f"training step, BROLinear {DENSE[0]} -> {DENSE[1]}, batch 256 / {peer}"
@@ -130,7 +141,6 @@ def main() -> None:
         frozen = lipnet.freeze(layers[name][0])
         rows.append(Row(f"frozen forward, {name} / the plain modules it is", *side_by_side(forward(frozen, x), forward(like, x), rounds), "<= 1.05"))
     rows.append(Row("forward, MaxMin / ReLU", *side_by_side(forward(lipnet.MaxMin(), x), forward(nn.ReLU(), x), 3 * rounds), "<= 1.7"))
-    leaf = x.clone().requires_grad_()
     rows.append(Row("with gradient, MaxMin / ReLU", *side_by_side(step(lipnet.MaxMin(), leaf), step(nn.ReLU(), leaf), rounds)))
     free = torch.randn(256, 512, requires_grad=True)
 

@@ -99,7 +99,7 @@ def test_the_loss_divides_by_the_constant():
 
 
 def reached(name, accuracy, seconds, proved=1.0):
-    return training.Found(name, 10, 0.1, 1, seconds, accuracy, proved, proved, [accuracy] * 4, [accuracy] * 4)
+    return training.Found(name, 10, 0.1, 1, seconds, [accuracy] * 4, proved, proved, [accuracy] * 4, [accuracy] * 4)
 
 
 def test_the_rows_compare_the_best_of_ours_with_each_peer_and_time_with_the_best_peer():
