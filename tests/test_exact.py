@@ -58,6 +58,39 @@ def test_whole_numbers_cover_the_errors_of_a_system():
             assert largest_over_slopes(sdp.LureSystem(2, rows, system.lower, system.upper, output)) <= math.sqrt(high) * (1 + 1e-12)
 
 
+def test_the_factor_is_not_trusted(monkeypatch):
+    """With R = 0 what is left is the matrix itself: accepted only if it is diagonally dominant, by more than the errors."""
+    none = np.zeros(0)
+
+    def accepted(rho, output, error):
+        system = sdp.LureSystem(1, np.zeros((0, 1)), none, none, np.array([[output]]), None, np.array([[error]]))
+        return sdp.prove_exactly(system, none, rho)
+
+    assert accepted(1.0001, 1.0, 0.0)
+    assert not accepted(1 - 2.0**-40, 1.0, 0.0)
+    assert not accepted(1.0001, 1.0, 1e-3)
+    monkeypatch.setattr(np.linalg, "cholesky", np.zeros_like)
+    for sign in (1, -1):
+        assert accepted(2.0, 0.9 * sign, 0.05)
+        assert not accepted(2.0, 0.9 * sign, 0.2)
+        assert not accepted(2.0, 1.2 * sign, 0.0)
+    monkeypatch.setattr(np.linalg, "cholesky", lambda matrix: np.full_like(matrix, math.nan))
+    assert not accepted(2.0, 0.9, 0.05)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_errors_of_the_matrix_cover_every_network_within(seed):
+    """Large errors, in eighths, so that the networks at their ends are exact; also where squares of errors count."""
+    rng = np.random.default_rng(seed)
+    rows, output, rows_error, output_error = (rng.integers(low, 9, shape) / 8 for low, shape in ((-8, (3, 5)), (-8, (2, 5)), (0, (3, 5)), (0, (2, 5))))
+    slopes = -rng.random(3), rng.random(3)
+    matrix, error = exact._matrix(sdp.LureSystem(2, rows, *slopes, output, rows_error, output_error), np.ones(3), 2.0, 2)
+    for signs in (np.sign(rows) + (rows == 0), *rng.choice([-1.0, 1.0], (5, 3, 5))):
+        other = sdp.LureSystem(2, rows + signs * rows_error, *slopes, output + signs[:2] * output_error)
+        moved = exact._matrix(other, np.ones(3), 2.0, 2)[0]
+        assert ((abs(moved + -matrix) + -error).numbers <= 0).all()
+
+
 def test_whole_numbers_refuse_what_is_no_bound():
     system = sdp.feed_forward([np.eye(2), np.eye(2)])
     multipliers = np.ones(2)
