@@ -735,7 +735,7 @@ def smallest_accepted(system, multipliers, guess):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_the_edge_of_what_is_accepted_is_exactly_feasible(seed):
-    """The smallest rho that the checker takes, and that whole numbers prove, is feasible in fractions; and no smaller than it has to be."""
+    """The smallest rho that the checker takes is feasible in fractions; and no larger than it has to be."""
     rng = np.random.default_rng(seed)
     system = sdp.feed_forward([rng.standard_normal(shape) for shape in ((3, 2), (2, 3), (2, 2))], slopes=((0.0, 1.0), (-1.0, 1.0), (0.1, 0.7))[seed % 3])
     multipliers, bound = proposed(system)
