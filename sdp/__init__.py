@@ -1,5 +1,8 @@
 """Semidefinite programs for offline certification: numpy, scipy and cvxpy; knows no torch."""
 
+from sdp import check as check
+from sdp import proof_file as proof_file
+from sdp.exact import prove_exactly as prove_exactly
 from sdp.lipsdp import Solution as Solution
 from sdp.lipsdp import lipsdp as lipsdp
 from sdp.lure import LureSystem as LureSystem

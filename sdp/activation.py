@@ -42,6 +42,11 @@ class Activation(abc.ABC):
         lower, upper = self.slopes(np.array([-np.inf]), np.array([np.inf]))
         return float(lower[0]), float(upper[0])
 
+    @property
+    def text(self) -> str:
+        """What a proof calls it, so that `sdp.check` knows its slopes by itself; without a name of its own, any function with these slopes."""
+        return "slopes({!r},{!r})".format(*self.range)
+
 
 @dataclasses.dataclass(frozen=True)
 class PiecewiseLinear(Activation):
@@ -50,10 +55,15 @@ class PiecewiseLinear(Activation):
     knots: tuple[float, ...]
     slopes_of: tuple[float, ...]
     intercepts: tuple[float, ...]
+    name: str = dataclasses.field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if not len(self.slopes_of) == len(self.intercepts) == len(self.knots) + 1 or not all(map(math.isfinite, (*self.slopes_of, *self.intercepts))):
             raise ValueError(f"{len(self.knots)} knots need {len(self.knots) + 1} finite slopes and intercepts, got {self.slopes_of} and {self.intercepts}")
+
+    @property
+    def text(self) -> str:
+        return self.name or super().text
 
     def _pieces(self, low: Array, high: Array) -> list[Array]:
         """Whether an interval meets each piece in more than a point, or lies in it."""
@@ -92,18 +102,18 @@ class PiecewiseLinear(Activation):
             return np.where(slope == 0, intercept, slope * v + intercept)
 
 
-RELU = PiecewiseLinear((0.0,), (0.0, 1.0), (0.0, 0.0))
-ABS = PiecewiseLinear((0.0,), (-1.0, 1.0), (0.0, 0.0))
+RELU = PiecewiseLinear((0.0,), (0.0, 1.0), (0.0, 0.0), "relu")
+ABS = PiecewiseLinear((0.0,), (-1.0, 1.0), (0.0, 0.0), "abs")
 
 
 def leaky_relu(slope: float) -> PiecewiseLinear:
     """`max(v, 0) + slope min(v, 0)`."""
-    return PiecewiseLinear((0.0,), (slope, 1.0), (0.0, 0.0))
+    return PiecewiseLinear((0.0,), (slope, 1.0), (0.0, 0.0), f"leaky_relu({float(slope)!r})")
 
 
 def clamp(low: float, high: float) -> PiecewiseLinear:
     """`min(max(v, low), high)`: ReLU6, hardtanh."""
-    return PiecewiseLinear((low, high), (0.0, 1.0, 0.0), (low, 0.0, high))
+    return PiecewiseLinear((low, high), (0.0, 1.0, 0.0), (low, 0.0, high), f"clamp({float(low)!r},{float(high)!r})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +125,10 @@ class Smooth(Activation):
     def __post_init__(self) -> None:
         if self.name not in _SMOOTH:
             raise ValueError(f"known smooth activations are {sorted(_SMOOTH)}, got {self.name!r}")
+
+    @property
+    def text(self) -> str:
+        return self.name
 
     def slopes(self, low: Array, high: Array) -> tuple[Array, Array]:
         _, derivative, turns, _, (least, most) = _SMOOTH[self.name]

@@ -39,13 +39,13 @@ def is_positive_semidefinite(
     scaled = matrix * scale[:, None] * scale
     size = len(matrix)
     rounding = gamma(4 * (size + 4))  # 4: blocked LAPACK, reciprocals in place of divisions
-    shift = rounding / (1 - 2 * rounding) * float(np.trace(scaled)) + size**2 * 2.0**-900
+    shift = np.full(size, rounding / (1 - 2 * rounding) * float(np.trace(scaled)) + size**2 * 2.0**-900)
     if error is not None:
         if not (error >= 0).all():
             return False
-        shift += float((error * scale[:, None] * scale).sum(axis=1).max(initial=0.0)) * (1 + gamma(size + 2))  # |E|_2 <= |E|_inf
+        shift += (error * scale[:, None] * scale).sum(axis=1) * (1 + gamma(size + 2))  # E + diag(sum_j |E_ij|) >= 0, by Gershgorin
     shift *= _SLACK
-    if not math.isfinite(shift):
+    if not np.isfinite(shift).all():
         return False
     index = np.arange(size)
     scaled[index, index] = np.nextafter(scaled[index, index] - shift, -np.inf)

@@ -74,6 +74,7 @@ class Step:
     what: str  # "input", "linear", "shift", "scale", "add", "pick", "join" or "nonlinear"
     of: tuple[int, ...]  # numbers of signals
     numbers: Mapping[str, Array | Index]
+    name: str = ""  # of the activation, with its parameters: "leaky_relu(0.01)"
 
 
 class Wiring:
@@ -97,8 +98,8 @@ class Wiring:
         """The signals so far."""
         return self.inputs + self.count
 
-    def _made(self, signal: Signal, what: str, of: Sequence[Signal], **numbers: Array | Index) -> Signal:
-        self.steps.append(Step(what, tuple(part.number for part in of), numbers))
+    def _made(self, signal: Signal, what: str, of: Sequence[Signal], name: str = "", **numbers: Array | Index) -> Signal:
+        self.steps.append(Step(what, tuple(part.number for part in of), numbers, name))
         return dataclasses.replace(signal, number=len(self.steps) - 1)
 
     def input(self) -> Signal:
@@ -181,7 +182,7 @@ class Wiring:
             self._image.append(activation.image(low[bends], high[bends]))
             kept.rows[bends, self.width + np.arange(len(bends))] = 1.0
             self.count += len(bends)
-        return self._made(kept, "nonlinear", [signal], lower=lower, upper=upper, intercept=intercept)
+        return self._made(kept, "nonlinear", [signal], activation.text, lower=lower, upper=upper, intercept=intercept)
 
     def sort(self, signal: Signal, first: Index, second: Index) -> Signal:
         """The larger of each pair (first, second) of entries at its first place, the smaller at its second: one ReLU of the difference each.

@@ -188,6 +188,13 @@ def test_error_is_the_worst_case_entry_by_entry(size, seed, exponent):
         assert proved
 
 
+def test_an_error_in_one_row_costs_that_row_only():
+    matrix = np.array([[1.0, 1 - 1e-9, 0.0], [1 - 1e-9, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert sdp.is_positive_semidefinite(matrix, np.diag([0.0, 0.0, 0.5]))
+    assert not sdp.is_positive_semidefinite(matrix, np.diag([0.0, 0.0, 1.0 + 1e-9]))
+    assert not sdp.is_positive_semidefinite(matrix, np.diag([0.0, 2e-9, 0.0]))
+
+
 def test_zero_error_is_no_error():
     assert sdp.is_positive_semidefinite(np.diag([1.0, 1e-12]), np.zeros((2, 2)))
     assert not sdp.is_positive_semidefinite(np.diag([1.0, 1e-12]), np.diag([0.0, 2e-12]))
