@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from certify.graph import Graph
 from certify.lure import Wired, wire
 from certify.methods import Layerwise, LipschitzMethod
 from certify.rounding import multiply_up, up
-from sdp import LureSystem, Progress, Solution
+from sdp import LureSystem, Progress, Solution, proof_file
 from sdp.lipsdp import MULTIPLIERS, check_solver
 
 Report = Callable[[str, Progress], None]  # what is being solved ("network", "outputs 3 - 7", ...), and how far
@@ -102,10 +103,25 @@ class LipSDP(LipschitzMethod):
                 "eliminated": wired.wiring.fixed,
                 "leaves": wired.leaves,
                 "wired": wired,
+                "proof": (value, np.array(found.all_multipliers) if self.norm == 1 else found.multipliers),
             },
             parts=layers.parts if used < value else (),
             pairs=pairs,
         )
+
+
+def save_proof(bound: Bound, path: pathlib.Path, about: Mapping[str, str]) -> float:
+    """Write the proof of a bound by LipSDP, for `sdp/check.py`; returns the constant that it proves, a little more than the bound.
+
+    Raises CertifyError for bounds on a region and, from l-infinity, for several outputs: each of them has a proof of its own.
+    """
+    if not isinstance(bound.domain, Everywhere):
+        raise CertifyError("a proof file is of a bound that holds everywhere; leave the ball out")
+    wired, (value, multipliers) = bound.evidence["wired"], bound.evidence["proof"]
+    if bound.norm[0] == math.inf and len(wired.system.output) > 1:
+        raise CertifyError(f"a proof from l-infinity is of one output, the network has {len(wired.system.output)}; take l2 or l1")
+    steps, output = wired.wiring.steps, wired.output.number
+    return proof_file.write(path, steps, output, wired.wiring.inputs, multipliers, value, bound.norm[0], about, wired.names)
 
 
 class _Solved:
@@ -114,6 +130,7 @@ class _Solved:
     def __init__(self, method: LipSDP, wired: Wired) -> None:
         self.method, self.system, self.given = method, wired.system, wired.given
         self.multipliers: Array | None = None
+        self.all_multipliers: list[Array] = []
         self.status, self.claimed, self.gap = "nothing to solve", math.nan, math.inf
 
     def value(self) -> float:
@@ -121,6 +138,7 @@ class _Solved:
         worst = 0.0
         for what, system in self._programs():
             solution = self._solve(what, system, self.given)
+            self.all_multipliers.append(solution.multipliers)
             if solution.bound >= worst:
                 worst, self.multipliers, self.claimed, self.gap = solution.bound, solution.multipliers, solution.claimed, solution.gap
             self.status = solution.status if self.status != "interrupted" else self.status

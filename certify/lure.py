@@ -62,6 +62,7 @@ class Wired:
     system: sdp.LureSystem
     given: Array | None  # multipliers that the layers hand over, scaled for a bound of the whole network; None where they do not chain
     leaves: tuple[tuple[str, int, int], ...]  # by path: the first and the last nonlinearity of each module
+    names: dict[int, str]  # of the steps whose matrix is a stored tensor of the network: its name in the state dict
 
 
 def wire(graph: Graph, domain: Domain) -> Wired:
@@ -121,6 +122,8 @@ class Lowering:
     def __init__(self, graph: Graph, domain: Domain) -> None:
         self.graph, self.everywhere = graph, isinstance(domain, Everywhere)
         self.wiring = Wiring(math.prod(graph.input_shape), region_of(domain, graph.input_shape))
+        self.path, self.names = "", dict[int, str]()
+        self.leaf: nn.Module | None = None
         self.hints: list[Array] = []  # the layers' own multipliers, in the order of the nonlinearities
 
     def run(self) -> Wired:
@@ -133,6 +136,7 @@ class Lowering:
             if node.op == "placeholder":
                 values[node] = Wire(self.wiring.input(), self.graph.input_shape)
             elif node.op == "call_module":
+                self.path, self.leaf = str(node.target), self.graph.module(node)
                 values[node] = self.module(self.graph.module(node), values[node.all_input_nodes[0]])
                 leaves.append((str(node.target), before[0], self.wiring.count))
                 said = self.graph.said[node]
@@ -144,7 +148,8 @@ class Lowering:
             self.check_memory()
         output = values[self.graph.output].signal
         chain = all(len(node.users) <= 1 and len(node.all_input_nodes) <= 1 and node.op in ("placeholder", "call_module", "output") for node in self._signals())
-        return Wired(self.wiring, output, self.wiring.system(output), self._given(scales) if chain and self.everywhere else None, tuple(leaves))
+        given = self._given(scales) if chain and self.everywhere else None
+        return Wired(self.wiring, output, self.wiring.system(output), given, tuple(leaves), self.names)
 
     def _signals(self) -> list[torch.fx.Node]:
         return [node for node in self.graph.trace.nodes if node.name in self.graph.shapes or node.op == "output"]
@@ -292,6 +297,8 @@ def _(self: Lowering, layer: Any, x: Wire) -> Wire:
         repeats = math.prod(x.shape[:-1])
         self.check_memory(repeats**2 * matrix.size)
         matrix, bias = _kron(np.eye(repeats), matrix), None if bias is None else np.tile(bias, repeats)
+    elif type(layer) is nn.Linear and layer is self.leaf:
+        self.names[len(self.wiring.steps)] = f"{self.path}.weight"
     return self.linear(matrix, x, (*x.shape[:-1], len(weight)), bias)
 
 

@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_setting, setting
+from certify.cli.arguments import add_json, add_setting, setting, shape
 from certify.report.summary import lookup, plain
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ _SHOWN = 5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, and where model and data are now; or a log and its setting."""
-    parser.add_argument("folder", metavar="DIR", type=pathlib.Path, help="a results folder of certify run or certify convert, or a published log (FILE.tsv)")
-    parser.add_argument("--model", metavar="MODEL", help="where the model is now, if it was moved")
+    parser.add_argument("folder", metavar="DIR", type=pathlib.Path, help="a results folder, a proof (FILE of --save-proof), or a published log (FILE.tsv)")
+    parser.add_argument("--model", metavar="MODEL", help="where the model is now, if it was moved; the network that a proof should be of")
+    parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="with a proof: the shape of one input, for a model that does not carry it")
     parser.add_argument("--data", metavar="DATA", help="where the data (or the log that a folder was made of) are now, if they were moved")
     add_setting(parser.add_argument_group("with a published log"))
     add_json(parser)
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     from certify.errors import CertifyError
     from certify.results import read_manifest, read_rows
 
+    if _is_proof(args.folder):
+        return _proof_file(args)
     if args.folder.is_file():
         count, (what, wrong, kinds) = _log_file(args)
     else:
@@ -66,6 +69,45 @@ def run(args: argparse.Namespace) -> int:
             console.print(f"contradiction: {plain(message)}", markup=False, soft_wrap=True)
         more = f" ({len(wrong) - _SHOWN} more not shown)" if len(wrong) > _SHOWN else ""
         console.print(f"{args.folder}: {what}, {len(wrong)} contradictions{more}", markup=False, soft_wrap=True)
+    return Exit.CONTRADICTION if wrong else Exit.DONE
+
+
+def _is_proof(path: pathlib.Path) -> bool:
+    """Whether a file begins like a safetensors file: the length of a JSON object, and that."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**32
+
+
+def _proof_file(args: argparse.Namespace) -> int:
+    """A proof of LipSDP by the checker that stands alone, and, with a model, that its network is the one of the proof."""
+    import sdp.check
+    from certify.bound import Everywhere
+    from certify.cli import Exit
+    from certify.cli.console import out, print_json
+    from certify.graph import Graph
+    from certify.lure import wire
+    from sdp import proof_file
+
+    stored = args.model if args.model and args.model.endswith(".safetensors") else None
+    holds, sentence = sdp.check.check(str(args.folder), stored)
+    wrong = [] if holds else [sentence]
+    if holds and args.model:
+        from certify import models
+
+        model = models.load(args.model, args.input_shape)
+        wired = wire(Graph.of(model.net, model.shape), Everywhere())
+        here, there = proof_file.digest(wired.wiring.steps, wired.output.number, wired.wiring.inputs), proof_file.read(args.folder).network
+        same = here == there
+        sentence += f"; {args.model} is this network" if same else ""
+        wrong = [] if same else [f"the proof is of the network {there[:12]}, {args.model} is {here[:12]}"]
+    if args.json:
+        print_json({"proof": str(args.folder), "contradictions": wrong, "sentence": sentence})
+    else:
+        without = "" if args.model else "; name the network with --model to see that it is its own"
+        out().print(f"{args.folder}: {wrong[0] if wrong else sentence + without}", markup=False, soft_wrap=True)
     return Exit.CONTRADICTION if wrong else Exit.DONE
 
 

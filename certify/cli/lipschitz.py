@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import pathlib
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_lipsdp, add_model, lipsdp, radius
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layerwise: products along chains, sums over branches; lipsdp: a semidefinite program over the whole network, never looser (docs/lipsdp.md)",
     )
     add_lipsdp(parser.add_argument_group("with --method lipsdp"))
+    parser.add_argument("--save-proof", type=pathlib.Path, metavar="FILE", help="with --method lipsdp: write what sdp/check.py needs to check the number alone")
     around = parser.add_argument_group("with --method lipsdp, around one input")
     around.add_argument("--around", metavar="DATA", help="a data set: the bound is for the ball around one of its inputs")
     around.add_argument("--index", type=int, default=0, metavar="I", help="which input (default 0)")
@@ -48,9 +50,11 @@ def run(args: argparse.Namespace) -> int:
     model = models.load(args.model, args.input_shape)
     domain, where = _domain(args, model)
     bound = _bound(args, model, domain)
+    proved = None if args.save_proof is None else _save(args, model, bound)
     if args.json:
         about = bound_json(bound)
-        print_json({"model": model.spec, "sha256": model.sha256, "bound": {**about, "domain": where} if args.around else about})
+        saved = {} if proved is None else {"proof": {"file": str(args.save_proof), "value": proved, "hex": proved.hex()}}
+        print_json({"model": model.spec, "sha256": model.sha256, "bound": {**about, "domain": where} if args.around else about, **saved})
         return 0
     console = out()
     p, q = bound.norm
@@ -58,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"{model.spec}   Lipschitz constant at most {up_text(bound.value)} (l{p:g} to l{q:g}, {where}; proof, {how})", soft_wrap=True, markup=False)
     if bound.pairs is not None:
         console.print(f"  differences of two outputs: at most {up_text(float(bound.pairs.max()))}")
+    if proved is not None:
+        console.print(
+            f"  proof of {up_text(proved)} written to {args.save_proof}; python sdp/check.py {args.save_proof} checks it alone", soft_wrap=True, markup=False
+        )
     if args.layers:
         for line in _layers(args, model, bound):
             console.print(line, markup=False, soft_wrap=True)
@@ -76,6 +84,17 @@ def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
     with live() as say:
         method: LipschitzMethod = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
         return lipschitz(model.net, method, input_shape=model.shape, domain=domain)
+
+
+def _save(args: argparse.Namespace, model: Model, bound: Bound) -> float:
+    """The proof file; returns the constant that it proves."""
+    from certify.errors import CertifyError
+    from certify.lipsdp import save_proof
+
+    if args.method != "lipsdp":
+        raise CertifyError("--save-proof is for --method lipsdp; layer by layer there is no single matrix inequality to write down")
+    about = {"model": model.spec, "network": str(bound.evidence.get("network"))}
+    return save_proof(bound, args.save_proof, {**about, "model_sha256": model.sha256} if args.model.endswith(".safetensors") else about)
 
 
 def _domain(args: argparse.Namespace, model: Model) -> tuple[Domain, str]:
