@@ -78,6 +78,7 @@ def newton(
     iterations: int = 500,
     seconds: float = math.inf,
     report: Report | None = None,
+    reach: float = 30.0,  # the largest Newton decrement that a larger tau may bring; small where P has many blocks
 ) -> Proposal:
     """Minimise `tau rho - log det P(rho, t) - sum log t` for growing tau.
 
@@ -106,7 +107,7 @@ def newton(
                 if gap < tolerance:
                     status = "optimal"
                     break
-                tau = _next(tau, decrement_of)
+                tau = _next(tau, decrement_of, reach)
             if report is not None:
                 report(Progress(done, program.lipschitz(state.rho), gap if program.norm != 2 else gap / 2, time.perf_counter() - began))
             if time.perf_counter() - began > seconds:
@@ -174,11 +175,11 @@ def _steps(program: Barrier, state: _State, labels: Labels, first: Labels) -> tu
     return a[spread], b[spread], decrement
 
 
-def _next(tau: float, decrement: Callable[[float], float]) -> float:
+def _next(tau: float, decrement: Callable[[float], float], reach: float) -> float:
     """A larger tau: 8 times, or as much as keeps the next step within reach."""
     factor = 8.0
-    while factor > 1.5 and decrement(tau * factor) > 30.0:
-        factor /= 1.5
+    while factor > 1.02 and decrement(tau * factor) > reach:
+        factor = 1 + (factor - 1) / 1.5
     return tau * factor
 
 
