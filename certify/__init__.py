@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from certify.errors import CertifyError as CertifyError
     from certify.errors import StaleBound as StaleBound
     from certify.errors import Unsupported as Unsupported
+    from certify.frequency import LipSDPFrequency as LipSDPFrequency
     from certify.graph import Graph as Graph
     from certify.margins import Margin as Margin
     from certify.margins import robustness as robustness
@@ -34,6 +35,7 @@ _HOME = {
     "Assumption": "bound", "Ball": "bound", "Bound": "bound", "Box": "bound", "Domain": "bound", "Estimate": "bound", "Everywhere": "bound",
     "Certificate": "certificate",
     "CertifyError": "errors", "StaleBound": "errors", "Unsupported": "errors",
+    "LipSDPFrequency": "frequency",
     "Graph": "graph",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",

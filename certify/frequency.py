@@ -37,7 +37,7 @@ from torch import nn
 import lipnet
 from certify.bound import Array, Assumption, Bound, Domain
 from certify.convolution import TWIDDLE, roots_of_unity
-from certify.errors import Problem, Unsupported
+from certify.errors import CertifyError, Problem, Unsupported
 from certify.graph import Graph
 from certify.methods import Layerwise, LipschitzMethod
 from certify.registry import Shape, rule_for, rule_of
@@ -96,15 +96,21 @@ class LipSDPFrequency(LipschitzMethod):
 
     def _proved(self, network: ConvNet, torus: tuple[int, int]) -> tuple[float, tuple[Bound, ...], Array | None, dict[str, object]]:
         """The bound of the convolutions times that of what follows; inf if there is none."""
-        chain, tail = network.chain(torus), network.joined_tail()
-        proposals = solve_frequencies(chain, tail, self.tolerance, self.seconds)
+        chain, exponent = network.chain(torus)
+        network, chain = network.without_constants(chain)
+        tail = network.joined_tail()
+        with np.errstate(all="ignore"):  # of proposals; what is not finite is not proved
+            proposals = solve_frequencies(chain, tail, self.tolerance, self.seconds)
         best = Halves(math.inf, math.inf)
         for proposal in proposals:
+            if not (math.isfinite(proposal.claimed) and np.isfinite(proposal.multipliers).all()):
+                break
             found = network.prove(chain, tail, proposal.multipliers)
             best = min(best, found, key=lambda halves: halves.value)
             if best.value <= (proposal.claimed if tail is not None else multiply_up(proposal.claimed, found.last)) * (1 + _CLOSE):
                 break
         evidence = {"torus": torus, "multipliers": proposal.multipliers, "claimed": proposal.claimed, "status": proposal.status}
+        best = best.times(exponent)
         if not math.isfinite(best.value):
             return math.inf, (), None, evidence
         how = f"LipSDP at {chain.frequencies} frequencies of a {torus[0]}x{torus[1]} torus, {chain.inputs + chain.count} signals each"
@@ -123,6 +129,12 @@ class Halves:
     first: float
     last: float = 1.0
     pairs: Array | None = None  # of the second part, for each pair of outputs
+
+    def times(self, exponent: int) -> Halves:
+        """With the first half `2^exponent` times as large; inf where that is no float64."""
+        if not math.isfinite(self.first) or math.frexp(self.first)[1] + exponent > 1023:
+            return dataclasses.replace(self, first=math.inf)
+        return dataclasses.replace(self, first=up(math.ldexp(self.first, exponent)) if exponent else self.first)
 
     @property
     def value(self) -> float:
@@ -225,6 +237,15 @@ class Response:
         error = (gamma(2 * a.shape[2] + 4) * size + 2 * (self.error @ first.size + self.size @ first.error)) * _OUT + 2.0**-1000 * (size > 0)
         return Response(made, error, size)
 
+    def normalized(self) -> tuple[Response, int]:
+        """Divided by the power of two that brings the largest entry near 1; exact, but for what underflows."""
+        exponent = math.frexp(float(self.size.max(initial=0.0)))[1]
+        if not -1000 < exponent < 1000:
+            raise CertifyError("a kernel holds numbers whose products are no float64; load weights of ordinary size")
+        factor = 2.0**-exponent
+        error = self.error * factor + (2.0**-1000 * (self.size > 0) if exponent else 0.0)
+        return Response(self.value * factor, error, self.size * factor * _OUT), exponent
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConvNet:
@@ -280,8 +301,11 @@ class ConvNet:
             )
             raise Unsupported([Problem("", "the network", why)])
 
-    def chain(self, torus: tuple[int, int]) -> FrequencyChain:
-        """The network on this torus (of the last image), masked where it has to be."""
+    def chain(self, torus: tuple[int, int]) -> tuple[FrequencyChain, int]:
+        """The network on this torus (of the last image), masked where it has to be, each map divided by a power of two; and the sum of the exponents.
+
+        A nonlinearity behind a map that is divided by c, and before one that is multiplied by c, has the same slopes.
+        """
         maps = _Maps(self.convolutions, torus)
         layers: list[tuple[Response, float, float]] = []
         pending, clean, level = maps.identity(0, self.channels), True, 0
@@ -301,9 +325,27 @@ class ConvNet:
                 low, high, clean = min(low, 0.0), max(high, 0.0), True
             layers.append((pending, low, high))
             pending, fresh = maps.identity(level, pending.value.shape[1] // maps.copies(level)), True
-        maps_of = [*(response for response, _, _ in layers), pending]
+        scaled = [response.normalized() for response in (*(response for response, _, _ in layers), pending)]
+        maps_of, exponent = [response for response, _ in scaled], sum(power for _, power in scaled)
         lower, upper = ([np.full(response.value.shape[1], slope[k]) for response, *slope in layers] for k in (0, 1))
-        return FrequencyChain(tuple(part.value for part in maps_of), tuple(part.error for part in maps_of), tuple(lower), tuple(upper)).alive()
+        return FrequencyChain(tuple(part.value for part in maps_of), tuple(part.error for part in maps_of), tuple(lower), tuple(upper)).alive(), exponent
+
+    def without_constants(self, chain: FrequencyChain) -> tuple[ConvNet, FrequencyChain]:
+        """Without the channels and the neurons behind the image that are constant: multipliers of theirs would have no upper end."""
+        weights = [step.weight for step in self.tail if isinstance(step, Matrix)]
+        if not weights:
+            return self, chain
+        kept = _some(chain.weights[-1].any(axis=(0, 2)) | chain.errors[-1].any(axis=1))
+        channels, height, width = self.last
+        weights[0] = weights[0].reshape(-1, channels, height * width)[:, kept].reshape(len(weights[0]), -1)
+        for k in range(len(weights) - 1):
+            alive = _some(weights[k].any(axis=1))
+            weights[k], weights[k + 1] = weights[k][alive], weights[k + 1][:, alive]
+        left = iter(weights)
+        tail = tuple(Matrix(step.where, next(left)) if isinstance(step, Matrix) else step for step in self.tail)
+        ends = chain.weights[-1][:, kept], chain.errors[-1][kept]
+        narrow = dataclasses.replace(chain, weights=(*chain.weights[:-1], ends[0]), errors=(*chain.errors[:-1], ends[1]))
+        return dataclasses.replace(self, tail=tail, last=(len(kept), height, width)), narrow
 
     def prove(self, chain: FrequencyChain, tail: Tail | None, multipliers: Array) -> Halves:
         """Both halves from proposed multipliers of the program: t of the chain and, with a tail, mu and those of the tail.
@@ -313,14 +355,20 @@ class ConvNet:
         t, mu, last = np.split(multipliers, [chain.count, chain.count + (0 if tail is None else chain.outputs)])
         if tail is None:
             return Halves(prove_frequencies(chain, t), self.tail_alone)
-        scale = np.sqrt(mu / mu.max())
-        return Halves(prove_frequencies(chain.scaled(scale), t / mu.max()), *self._tail_bound(scale, last))
+        middle = float(np.median(mu))
+        scale = np.sqrt(np.clip(mu / middle, 2.0**-400, 2.0**400))  # any positive numbers will do
+        return Halves(prove_frequencies(chain.scaled(scale), t / middle), *self._tail_bound(scale, last))
 
     def joined_tail(self) -> Tail | None:
         """The layers behind the image as part of the program; None where there are none, or too many."""
         channels, height, width = self.last
         widths = [len(step.weight) for step in self.tail if isinstance(step, Matrix)]
-        if not widths or channels * min(height * width, widths[0]) + sum(widths) > _TAIL or channels * height * width > _TAIL_ALONE:
+        if (
+            not widths
+            or not all(step.weight.any() for step in self.tail if isinstance(step, Matrix))
+            or channels * min(height * width, widths[0]) + sum(widths) > _TAIL
+            or channels * height * width > _TAIL_ALONE
+        ):
             return None
         return Tail(self._tail_system(np.ones(channels)), np.repeat(np.arange(channels), height * width))
 
@@ -358,9 +406,14 @@ class ConvNet:
         for step in self.tail:
             value = multiply_up(value, largest_singular_value(step.weight) if isinstance(step, Matrix) else max(map(abs, step.slopes)))
         wide = math.prod(self.last) + sum(len(step.weight) for step in self.tail if isinstance(step, Matrix))
-        if len(self.tail) < 3 or wide > _TAIL_ALONE:
+        if value == 0 or len(self.tail) < 3 or wide > _TAIL_ALONE:
             return value
         return min(value, lipsdp(self._tail_system(np.ones(self.last[0])), tolerance=_CLOSE, seconds=_TAIL_SECONDS).bound)
+
+
+def _some(kept: NDArray[np.bool_]) -> Index:
+    """The places that are kept, at least one."""
+    return np.flatnonzero(kept) if kept.any() else np.zeros(1, dtype=np.int64)
 
 
 def _phases(reaches: Sequence[Reach]) -> list[int]:  # of each level, the last one 1
@@ -463,7 +516,9 @@ class _Reader:
 
     def read(self, node: torch.fx.Node) -> None:
         """One node."""
-        if node.op == "call_module":
+        if node.op == "call_module" and _is(self.graph.module(node), nn.Flatten) and len(self.graph.shapes[node.name]) != 1:
+            self.refuse(str(node.target), "Flatten", "leaves more than one dimension")
+        elif node.op == "call_module":
             self.module(str(node.target), self.graph.module(node))
         elif node.target in ELEMENTWISE:
             self.module(node.name, ELEMENTWISE[node.target])

@@ -37,6 +37,7 @@ Complex = NDArray[np.complex128]
 Labels = NDArray[np.int64]
 _NUMBERS = 2**18  # complex numbers in the matrices of all frequencies that Newton's method works on at a time
 _ROUNDS = 6  # of adding frequencies
+_SMALL = 1e-60  # of the largest channel of a layer: what is smaller counts as this
 _REACH = 6.0  # see sdp.newton: with blocks for many frequencies larger steps end at the border of one of them, and take long to come back
 _BLENDS = (1e-9, 1e-7, 1e-5, 1e-3, 0.03, 0.3)  # towards multipliers that are well inside the cone
 
@@ -429,7 +430,7 @@ def _alike(chain: FrequencyChain) -> tuple[FrequencyChain, Array]:
     weights, sizes = list(chain.weights), [np.zeros(0)]
     for k in range(len(chain.lower)):
         size = np.sqrt((np.abs(weights[k]) ** 2).sum(axis=2).max(axis=0))
-        size = np.where(size > 0, size, 1.0)
+        size = np.maximum(size, max(_SMALL * float(size.max(initial=0.0)), 1e-100))
         weights[k], weights[k + 1] = weights[k] / size[:, None], weights[k + 1] * size
         sizes.append(size)
     return dataclasses.replace(chain, weights=tuple(weights)), np.concatenate(sizes)
@@ -446,6 +447,7 @@ def closed_form(chain: FrequencyChain) -> Array:  # (chain.count,)
         adjoint = weight.conj().swapaxes(1, 2)
         gains = weight @ np.linalg.solve(matrix, adjoint)
         sizes = np.sqrt(np.maximum(np.diagonal(gains, axis1=1, axis2=2).real.max(axis=0), 1e-100))
+        sizes = np.maximum(sizes, _SMALL * sizes.max(initial=0.0))
         size = max(float(np.linalg.eigvalsh(gains / sizes / sizes[:, None])[:, -1:].max(initial=0.0)), 1e-100)
         t = best_multiplier(size, lower, upper) / sizes**2 if len(lower) else sizes
         made.append(t)

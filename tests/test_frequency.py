@@ -240,7 +240,7 @@ def test_the_convolution_of_the_torus_is_that_of_the_network():
 
 def chain_of(net, shape):
     network = ConvNet.of(certify.Graph.of(net.double().eval(), shape))
-    return network.chain(network.torus())
+    return network.chain(network.torus())[0]
 
 
 def test_slopes_are_masked_where_the_torus_has_to_be_zero_and_only_there():
@@ -263,12 +263,12 @@ def test_responses_are_within_their_errors_of_the_exact_ones():
     chain = chain_of(net, (2, 6, 6))
     n, maps = 4, frequency._Maps(ConvNet.of(certify.Graph.of(net, (2, 6, 6))).convolutions, (4, 4))
     assert len(maps.frequencies) == chain.frequencies == 10
-    largest = max(float(layer.weight.detach().abs().sum()) for layer in (net[0], net[2]))
     kernel = [layer.weight.detach().numpy().astype(np.longdouble) for layer in (net[0], net[2])]
 
     def turn(count, steps):
         return np.exp(2j * np.arccos(np.longdouble(-1)) * np.clongdouble(1) * (np.longdouble(count * steps) / n))
 
+    unit = [2.0 ** -made.normalized()[1] for made in (maps.response(0), maps.response(2).after(maps.response(1)))]
     for k, (f, g) in enumerate(maps.frequencies):
         exact = np.zeros((3, 2, 2, 2), dtype=np.clongdouble)  # out, phase down, phase across, in
         second = np.zeros((2, 3), dtype=np.clongdouble)
@@ -278,10 +278,13 @@ def test_responses_are_within_their_errors_of_the_exact_ones():
                 exact[:, a, b] += kernel[0][:, :, t, u] * turn(f, r) * turn(g, q)
                 second += kernel[1][:, :, t, u] * turn(f, t - 1) * turn(g, u - 1)
         pool = (1 + turn(f, 1)) * (1 + turn(g, 1)) / 4
-        for value, error, truth in ((chain.weights[0][k], chain.errors[0], exact.reshape(3, 8)), (chain.weights[1][k], chain.errors[1], pool * second)):
+        for value, error, truth in (
+            (chain.weights[0][k], chain.errors[0], unit[0] * exact.reshape(3, 8)),
+            (chain.weights[1][k], chain.errors[1], unit[1] * pool * second),
+        ):
             assert (np.abs(value.real - truth.real) <= error).all()
             assert (np.abs(value.imag - truth.imag) <= error).all()
-            assert error.max() <= 1e-12 * largest
+            assert error.max() <= 1e-12
 
 
 # The proof
@@ -363,6 +366,34 @@ def test_a_solver_that_lies_gives_the_product(monkeypatch):
 
     monkeypatch.setattr(frequency, "solve_frequencies", lies)
     assert certify.lipschitz(net, TIGHT, input_shape=(2, 4, 4)).value == certify.lipschitz(net, input_shape=(2, 4, 4)).value
+
+
+@pytest.mark.parametrize("factor", [1e-200, 1e-30, 1e30, 1e150])
+def test_the_size_of_the_weights_does_not_matter(factor):
+    net = next(reference_nets("circular"))
+    before = certify.lipschitz(net, TIGHT, input_shape=(2, 4, 4)).value
+    with torch.no_grad():
+        net[0].weight.mul_(factor)
+    assert certify.lipschitz(net, TIGHT, input_shape=(2, 4, 4)).value == pytest.approx(factor * before, rel=1e-6)
+
+
+def test_channels_and_neurons_that_are_dead_or_nearly_so_cost_nothing():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3), nn.ReLU())
+    net = nn.Sequential(*net, nn.Linear(3, 2)).double().eval()
+    values = []
+    for size in (1e-38, 0.0):
+        with torch.no_grad():
+            for part in (net[0].weight[0], net[2].weight[1], net[5].weight[2]):
+                part.mul_(size)
+        values.append(certify.lipschitz(net, TIGHT, input_shape=(1, 4, 4)).value)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert values[1] < 0.9 * certify.lipschitz(net, input_shape=(1, 4, 4)).value
+    for layer in (net[0], net[2], net[7]):
+        kept = layer.weight.detach().clone()
+        layer.weight.data.zero_()
+        assert certify.lipschitz(net, TIGHT, input_shape=(1, 4, 4)).value == 0.0
+        layer.weight.data.copy_(kept)
 
 
 def test_a_larger_kernel_has_a_larger_bound():
