@@ -101,15 +101,22 @@ class LipSDPFrequency(LipschitzMethod):
         tail = network.joined_tail()
         with np.errstate(all="ignore"):  # of proposals; what is not finite is not proved
             proposals = solve_frequencies(chain, tail, self.tolerance, self.seconds)
-        best = Halves(math.inf, math.inf)
+        best, used = Halves(math.inf, math.inf), proposals[0]
         for proposal in proposals:
             if not (math.isfinite(proposal.claimed) and np.isfinite(proposal.multipliers).all()):
                 break
             found = network.prove(chain, tail, proposal.multipliers)
-            best = min(best, found, key=lambda halves: halves.value)
+            if found.value < best.value:
+                best, used = found, proposal
             if best.value <= (proposal.claimed if tail is not None else multiply_up(proposal.claimed, found.last)) * (1 + _CLOSE):
                 break
-        evidence = {"torus": torus, "multipliers": proposal.multipliers, "claimed": proposal.claimed, "status": proposal.status}
+        evidence = {
+            "torus": torus,
+            "exponent": exponent,
+            "multipliers": used.multipliers,
+            "claimed": float(np.ldexp(used.claimed, exponent)),
+            "status": used.status,
+        }
         best = best.times(exponent)
         if not math.isfinite(best.value):
             return math.inf, (), None, evidence
@@ -335,11 +342,11 @@ class ConvNet:
         weights = [step.weight for step in self.tail if isinstance(step, Matrix)]
         if not weights:
             return self, chain
-        kept = _some(chain.weights[-1].any(axis=(0, 2)) | chain.errors[-1].any(axis=1))
+        kept = _some(np.asarray(chain.weights[-1].any(axis=(0, 2)) | chain.errors[-1].any(axis=1)))
         channels, height, width = self.last
         weights[0] = weights[0].reshape(-1, channels, height * width)[:, kept].reshape(len(weights[0]), -1)
         for k in range(len(weights) - 1):
-            alive = _some(weights[k].any(axis=1))
+            alive = _some(np.asarray(weights[k].any(axis=1)))
             weights[k], weights[k + 1] = weights[k][alive], weights[k + 1][:, alive]
         left = iter(weights)
         tail = tuple(Matrix(step.where, next(left)) if isinstance(step, Matrix) else step for step in self.tail)
