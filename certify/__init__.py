@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from certify.errors import CertifyError as CertifyError
     from certify.errors import StaleBound as StaleBound
     from certify.errors import Unsupported as Unsupported
+    from certify.frequency import LipSDPFrequency as LipSDPFrequency
     from certify.graph import Graph as Graph
     from certify.lipsdp import LipSDP as LipSDP
     from certify.lowrank import LowRank as LowRank
@@ -37,6 +38,7 @@ _HOME = {
     "Assumption": "bound", "Ball": "bound", "Bound": "bound", "Box": "bound", "Domain": "bound", "Estimate": "bound", "Everywhere": "bound",
     "Certificate": "certificate",
     "CertifyError": "errors", "StaleBound": "errors", "Unsupported": "errors",
+    "LipSDPFrequency": "frequency",
     "Graph": "graph",
     "LipSDP": "lipsdp",
     "Layerwise": "methods", "lipschitz": "methods",

@@ -21,7 +21,7 @@ from sdp.proof import UNIT, gamma
 
 Sizes = int | Sequence[int]
 _SLACK = 1 + 2.0**-44  # covers the few roundings in the error terms themselves
-_TWIDDLE = 80  # units of rounding in a product of two roots of unity, see _responses
+TWIDDLE = 80  # units of rounding in a product of two roots of unity, see _responses
 _WORK = 3e10  # flops up to which every frequency of the torus is looked at: about 3 s on one core
 _FINENESS = 24  # points of the coarser grid for each degree: 1 / cos(pi / 48) = 1.0022 per axis
 _CHUNK = 2**22  # numbers in the largest array
@@ -279,7 +279,7 @@ def _norm_on_grid(
         scaled = scaled.swapaxes(3, 4)
     size = np.abs(scaled).sum(axis=(0, 1))  # (groups, rows, columns)
     spread = float(np.sqrt((size * size).sum(axis=(1, 2))).max()) * (1 + 1e-6)
-    rounding = gamma(taps.shape[0] * taps.shape[1] + _TWIDDLE) * spread + 2.0**-500  # of the responses, in the Frobenius norm
+    rounding = gamma(taps.shape[0] * taps.shape[1] + TWIDDLE) * spread + 2.0**-500  # of the responses, in the Frobenius norm
     return _unscaled((math.sqrt(_largest_gram(_responses(scaled, points))) + rounding) * _SLACK, exponent)
 
 
@@ -335,7 +335,7 @@ def _responses(taps: Array, points: tuple[int, int]) -> Iterator[Array]:  # of (
     """
     down, across, groups, rows, columns = taps.shape
     flat = taps.reshape(down * across, -1)
-    vertical, horizontal = _waves(points[0], down), _waves(points[1], across)
+    vertical, horizontal = roots_of_unity(points[0], down), roots_of_unity(points[1], across)
     half = points[1] // 2 + 1
     step = max(1, _CHUNK // (4 * groups * rows * columns))
     for start in range(0, points[0] * half, step):
@@ -351,7 +351,7 @@ def _real_form(real: Array, imaginary: Array) -> Array:  # (some, 2 rows, 2 colu
     return np.concatenate([np.concatenate([real, -imaginary], axis=2), np.concatenate([imaginary, real], axis=2)], axis=1)
 
 
-def _waves(points: int, taps: int) -> NDArray[np.complex128]:  # (points, taps)
+def roots_of_unity(points: int, taps: int) -> NDArray[np.complex128]:  # (points, taps)
     """`exp(2 pi i f t / points)`, by the C library's sine and cosine: numpy's are faster and less exact."""
     roots = np.array([complex(math.cos(2 * math.pi * r / points), math.sin(2 * math.pi * r / points)) for r in range(points)])
     return roots[np.outer(np.arange(points), np.arange(taps)) % points]

@@ -67,6 +67,14 @@ def lipsdp(
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
+    alive = _alive(system)
+    if not alive.all():
+        keep = np.concatenate([np.ones(system.inputs, dtype=bool), alive])
+        cut = LureSystem(system.inputs, system.rows[alive][:, keep], system.lower[alive], system.upper[alive], system.output[:, keep])
+        some = None if start is None else start[alive]
+        options = {"norm": norm, "tolerance": tolerance, "seconds": seconds}
+        inner = lipsdp(cut, solver, multipliers=multipliers, start=some, report=report, **options)
+        return _with_dead(system, inner, alive, norm)
     reduced = _reduced(system) if norm == 2 else system
     goal = program(reduced, norm)
     if goal.count == 0 and norm == 2:
@@ -81,6 +89,34 @@ def lipsdp(
     if start is not None and solver == "closed-form":
         asked = min(asked, Proposal(start, goal.lipschitz(goal.smallest_gain(start)), "closed form", 0, math.inf, 0.0), key=lambda made: made.claimed)
     return _proved(system, [asked, *_within(goal, asked, inside)], norm)
+
+
+def _alive(system: LureSystem) -> NDArray[np.bool_]:
+    """Which nonlinearities can change at all: the others have no row, or rows over such only. They make the program unbounded in their multipliers."""
+    alive = np.ones(system.count, dtype=bool)
+    known = np.zeros_like(system.rows) if system.rows_error is None else system.rows_error
+    moved = (system.rows != 0) | (known != 0)
+    while True:
+        keep = np.concatenate([np.ones(system.inputs, dtype=bool), alive])
+        found = alive & moved[:, keep].any(axis=1)
+        if (found == alive).all():
+            return alive
+        alive = found
+
+
+def _with_dead(system: LureSystem, inner: Solution, alive: NDArray[np.bool_], norm: float) -> Solution:
+    """A solution of the nonlinearities that can change as one of all. The others get multipliers that are large beside those of all that they lead to."""
+    began = time.perf_counter()
+    count = int(alive.sum())
+    whole = np.zeros(system.count)
+    whole[alive] = inner.multipliers[:count]
+    columns, outputs = system.rows[:, system.inputs :], (system.output[:, system.inputs :] ** 2).sum(axis=0)
+    for j in np.flatnonzero(~alive)[::-1] if system.is_explicit else np.flatnonzero(~alive):
+        weights = np.where(alive, 2.0**30, 2.0**10) * whole
+        whole[j] = 2.0**30 * (1 + float(outputs[j])) + float(weights @ columns[:, j] ** 2)
+    whole = np.concatenate([whole, inner.multipliers[count:]])
+    bound = prove(system, whole, norm)
+    return dataclasses.replace(inner, bound=bound, multipliers=whole, proof_seconds=inner.proof_seconds + time.perf_counter() - began)
 
 
 def _propose(

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
+_REACH = 5.0  # decrement that a larger tau may bring: longer strides stray from the path, and cost more steps than they save
 _CENTRED = 0.9  # Newton decrement; the gap that is read off is valid below 1
-_REACH = 5.0  # decrement after tau grows: longer strides stray from the path, and cost more steps than they save
 
 
 class Barrier(Protocol):
@@ -183,8 +183,8 @@ def _steps(program: Barrier, state: _State, labels: Labels, first: Labels, guard
 def _next(tau: float, decrement: Callable[[float], float]) -> float:
     """A larger tau: 8 times, or as much as keeps the next step within reach."""
     factor = 8.0
-    while factor > 1.1 and decrement(tau * factor) > _REACH:
-        factor **= 0.8
+    while factor > 1.02 and decrement(tau * factor) > _REACH:
+        factor = 1 + (factor - 1) / 1.5
     return tau * factor
 
 

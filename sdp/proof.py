@@ -8,6 +8,7 @@ Valid for IEEE float64 with rounding to nearest and sums in any order, with or w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +109,39 @@ def prove(
         if is_positive_semidefinite(matrix, allowed):
             return math.nextafter(math.sqrt(rho), math.inf) if norm == 2 else rho
     return math.inf
+
+
+def prove_every(
+    systems: Sequence[Callable[[], LureSystem]],  # each made when it is its turn: together they may be large
+    multipliers: Array,  # (nonlinearities,), shared by all; not negative
+) -> float:
+    """`prove` of every one of the systems, from l2, with the same multipliers: the largest; inf if they do not prove one for each.
+
+    A rho that is proved for one system is proved for it when rho grows, so one pass is enough.
+    Raises ValueError as `prove` does.
+    """
+    rho = proposal = 0.0
+    for make in systems:
+        system = make()
+        check_multipliers(system, multipliers, 2)
+        proposal = max(proposal, _smallest_gain(_augmented(system, multipliers)[0], system.inputs))
+    if not math.isfinite(proposal):
+        return math.inf
+    tries = iter(_inflations())
+    rho = proposal * (1 + next(tries)) + 1e-280
+    for make in systems:
+        matrix, error, gains, _ = _augmented(make(), multipliers)
+        base, base_error = matrix[gains, gains].copy(), error[gains, gains].copy()
+        while True:
+            matrix[gains, gains] = base + rho
+            error[gains, gains] = base_error + 2 * UNIT * (np.abs(base) + rho)
+            if is_positive_semidefinite(matrix, error):
+                break
+            inflation = next(tries, math.inf)
+            if not math.isfinite(inflation):
+                return math.inf
+            rho = proposal * (1 + inflation) + 1e-280
+    return math.nextafter(math.sqrt(rho), math.inf)
 
 
 def check_multipliers(system: LureSystem, multipliers: Array, norm: float) -> None:

@@ -43,14 +43,14 @@ def closed_form(system: LureSystem) -> Array:  # (nonlinearities,)
         factor = scipy.linalg.cholesky(matrix[np.ix_(known, known)], lower=True)
         gains = scipy.linalg.solve_triangular(factor, rows.T, lower=True)
         size = max(float(np.linalg.norm(gains, 2)) ** 2, 1e-100)
-        multipliers[here] = _best(size, system.lower[here], system.upper[here])
+        multipliers[here] = best_multiplier(size, system.lower[here], system.upper[here])
         half = left[here].T @ (multipliers[here, None] * right[here])
         matrix += half + half.T
         known = np.sort(np.concatenate([known, inputs + here]))
     return multipliers
 
 
-def _best(size: float, lower: Array, upper: Array) -> float:
+def best_multiplier(size: float, lower: Array, upper: Array) -> float:
     """The t with the largest Schur complement, for the worst slopes of a level."""
     product, total = float((lower * upper).min()), float(np.abs(lower + upper).max())
     limit = math.inf if product >= 0 else 1 / (-2 * product * size)

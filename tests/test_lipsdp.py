@@ -485,3 +485,17 @@ def test_regions_and_slopes_that_make_no_sense_are_refused():
     wiring.nonlinear(wiring.input(), Sloped(-1.0, 1.0))
     with pytest.raises(ValueError, match="on a region only"):
         wiring.interval(wiring.input())
+
+
+def test_nonlinearities_that_cannot_change_do_not_matter():
+    """Rows of zeros, and what hangs on them alone, leave the program unbounded: they are taken out to solve, and put back to prove."""
+    matrices = weights((6, 8, 7, 3), 2)
+    whole = sdp.lipsdp(feed_forward(matrices)).bound
+    first, second, last = (matrix.copy() for matrix in matrices)
+    wide = [np.vstack([first, np.zeros((2, 6))]), np.zeros((9, 10)), np.hstack([last, np.ones((3, 2))])]
+    wide[1][:7, :8], wide[1][7:, 8:] = second, 1.0
+    found = sdp.lipsdp(feed_forward(wide))
+    assert found.status == "optimal"
+    assert whole * (1 - 1e-9) <= found.bound <= whole * (1 + 1e-6)
+    assert sdp.lipsdp(feed_forward([np.zeros((4, 3)), np.ones((2, 4))])).bound < 1e-6
+    assert sdp.lipsdp(feed_forward([wide[0], wide[1], wide[2][:1]]), norm=math.inf).bound <= math.sqrt(6) * whole

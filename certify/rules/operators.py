@@ -78,14 +78,14 @@ def _entry_of_size(args: Sequence[Any], options: Mapping[str, Any]) -> None:
         raise _refuse("getitem", "indexing a signal is not supported")
 
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     torch.relu: nn.ReLU(), nn.functional.relu: nn.ReLU(), "relu": nn.ReLU(),
     torch.tanh: nn.Tanh(), nn.functional.tanh: nn.Tanh(), "tanh": nn.Tanh(),
     torch.sigmoid: nn.Sigmoid(), "sigmoid": nn.Sigmoid(),
 }  # fmt: skip
 
 
-@register_operator(*_ELEMENTWISE, torch.abs, "abs")
+@register_operator(*ELEMENTWISE, torch.abs, "abs")
 def _elementwise(args: Sequence[Any], options: Mapping[str, Any]) -> Bound:
     if len(args) != 1 or any(options.values()):
         raise _refuse("activation", "options such as inplace=True are not supported in a forward; leave them out")

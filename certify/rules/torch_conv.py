@@ -39,7 +39,7 @@ def _two(sizes: int | Sequence[int]) -> tuple[int, int]:
 # Convolutions
 
 
-def _padding(layer: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
+def padding_of(layer: nn.Conv1d | nn.Conv2d) -> tuple[int, ...]:
     """Before and after, for each axis; 'same' with an odd total puts the larger half after."""
     if layer.padding_mode != "zeros":  # what F.pad is given: the last axis first
         pads = layer._reversed_padding_repeated_twice
@@ -61,7 +61,7 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, shape: Shape) -> Bound:
             f"padding_mode={layer.padding_mode!r} shows pixels of the border more than once, so the norm of the kernel is no bound (a shift has norm 2); "
             "use 'zeros' or 'circular', or a padding layer before a convolution without padding, whose constants multiply",
         )
-    kernel, stride, padding, dilation = as_float64(layer.weight), layer.stride, _padding(layer), layer.dilation
+    kernel, stride, padding, dilation = as_float64(layer.weight), layer.stride, padding_of(layer), layer.dilation
     if dimensions == 1:
         kernel, size, stride, padding, dilation = kernel[:, :, None], (1, *size), (1, *stride), (0, 0, *padding), (1, *dilation)
     value, how = convolution_bound(kernel, (size[0], size[1]), stride=stride, padding=padding, dilation=dilation, groups=layer.groups, mode=layer.padding_mode)
