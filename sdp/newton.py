@@ -95,7 +95,7 @@ def newton(
     state = _State.at(program, start[0], start[1])
     if state is None:
         raise ValueError("the start of Newton's method must be strictly feasible")
-    guarded = program.guarded[first]
+    best, guarded = state, program.guarded[first]
     total = program.size + int(guarded.sum())
     tau, gap, status, done = total / max(state.rho, 1e-300), math.inf, "iteration limit", 0
     tries_left = 3
@@ -114,7 +114,7 @@ def newton(
                     break
                 tau = _next(tau, decrement_of)
             if report is not None:
-                report(Progress(done, program.lipschitz(state.rho), gap if program.norm != 2 else gap / 2, time.perf_counter() - began))
+                report(Progress(done, program.lipschitz(best.rho), gap if program.norm != 2 else gap / 2, time.perf_counter() - began))
             if time.perf_counter() - began > seconds:
                 status = "time limit"
                 break
@@ -128,10 +128,11 @@ def newton(
                 tau /= 4  # back towards the centre, once or twice
                 continue
             state = moved
+            best = state if state.rho < best.rho else best
     except KeyboardInterrupt:
         status = "interrupted"
-    claimed = program.lipschitz(state.rho)
-    return Proposal(state.multipliers, claimed, status, done, gap if program.norm != 2 else gap / 2, time.perf_counter() - began)
+    claimed = program.lipschitz(best.rho)
+    return Proposal(best.multipliers, claimed, status, done, gap if program.norm != 2 else gap / 2, time.perf_counter() - began)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -154,13 +154,17 @@ def _input_shape(manifest: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[i
 
 def _proof(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
     """The bound by its proof, each row by its logits."""
+    from certify.frequency import LipSDPFrequency
     from certify.graph import Graph
     from certify.lipsdp import LipSDP
     from certify.margins import Margin
     from certify.methods import Layerwise, LipschitzMethod, lipschitz
 
-    stored = lookup(manifest, "bound", "lipsdp")
-    method: LipschitzMethod = Layerwise() if stored is None else LipSDP.from_settings(lookup(manifest, "bound", "lipsdp", "settings"))
+    method: LipschitzMethod = Layerwise()
+    if lookup(manifest, "bound", "lipsdp") is not None:
+        method = LipSDP.from_settings(lookup(manifest, "bound", "lipsdp", "settings"))
+    elif str(lookup(manifest, "bound", "method")).startswith("LipSDPFrequency("):
+        method = LipSDPFrequency()
     bound = lipschitz(model.net, method, input_shape=model.shape)
     graph = Graph.of(model.net, model.shape)
     wrong = _bound_differences(manifest, bound) + _row_differences(rows, manifest, Margin(bound), graph, dataset, advance)

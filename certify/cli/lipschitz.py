@@ -19,6 +19,7 @@ HELP = "Prove a Lipschitz constant of a model, everywhere or around one input."
 EPILOG = """examples:
   certify lipschitz runs/demo/bro.safetensors --layers
   certify lipschitz net.safetensors --method lipsdp
+  certify lipschitz cnn.safetensors --method frequency
   certify lipschitz net.safetensors --method lipsdp --norm inf --around digits --index 3 --radius 0.1"""
 
 
@@ -27,9 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--method",
-        choices=["layerwise", "lipsdp"],
+        choices=["layerwise", "lipsdp", "frequency"],
         default="layerwise",
-        help="layerwise: products along chains, sums over branches; lipsdp: a semidefinite program over the whole network, never looser (docs/lipsdp.md)",
+        help="layerwise: products along chains, sums over branches; lipsdp: a semidefinite program over the whole network, never looser; "
+        "frequency: the same for convolutional chains, one program for all frequencies, at sizes that lipsdp cannot hold (docs/lipsdp.md)",
     )
     add_lipsdp(parser.add_argument_group("with --method lipsdp"))
     parser.add_argument("--save-proof", type=pathlib.Path, metavar="FILE", help="with --method lipsdp: write what sdp/check.py needs to check the number alone")
@@ -58,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = out()
     p, q = bound.norm
-    how = bound.method if args.method == "layerwise" else _lipsdp_text(bound)
+    how = _lipsdp_text(bound) if args.method == "lipsdp" else bound.method
     console.print(f"{model.spec}   Lipschitz constant at most {up_text(bound.value)} (l{p:g} to l{q:g}, {where}; proof, {how})", soft_wrap=True, markup=False)
     if bound.pairs is not None:
         console.print(f"  differences of two outputs: at most {up_text(float(bound.pairs.max()))}")
@@ -77,10 +79,12 @@ def run(args: argparse.Namespace) -> int:
 def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
     """By the method that was asked for, with its progress."""
     from certify.cli.console import live
+    from certify.frequency import LipSDPFrequency
     from certify.methods import Layerwise, lipschitz
 
-    if args.method == "layerwise":
-        return lipschitz(model.net, Layerwise(), input_shape=model.shape, domain=domain)
+    if args.method != "lipsdp":
+        made = Layerwise() if args.method == "layerwise" else LipSDPFrequency(args.tolerance, args.seconds)
+        return lipschitz(model.net, made, input_shape=model.shape, domain=domain)
     with live() as say:
         method: LipschitzMethod = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
         return lipschitz(model.net, method, input_shape=model.shape, domain=domain)
@@ -92,7 +96,7 @@ def _save(args: argparse.Namespace, model: Model, bound: Bound) -> float:
     from certify.lipsdp import save_proof
 
     if args.method != "lipsdp":
-        raise CertifyError("--save-proof is for --method lipsdp; layer by layer there is no single matrix inequality to write down")
+        raise CertifyError(f"--save-proof is for --method lipsdp; --method {args.method} has no single matrix inequality to write down")
     about = {"model": model.spec, "network": str(bound.evidence.get("network"))}
     return save_proof(bound, args.save_proof, {**about, "model_sha256": model.sha256} if args.model.endswith(".safetensors") else about)
 
@@ -108,7 +112,7 @@ def _domain(args: argparse.Namespace, model: Model) -> tuple[Domain, str]:
             raise CertifyError("--radius is of a ball around an input; name the data set with --around, such as --around digits --index 3")
         return Everywhere(), "everywhere"
     if args.method != "lipsdp" or args.radius is None:
-        raise CertifyError("--around needs --method lipsdp and --radius R; layer by layer there is no local bound")
+        raise CertifyError("--around needs --method lipsdp and --radius R; the other methods have no local bound")
     dataset = data.load(args.around, model.shape)
     if not 0 <= args.index < len(dataset):
         raise CertifyError(f"{args.around} has the inputs 0 to {len(dataset) - 1}, got --index {args.index}")
@@ -142,7 +146,7 @@ def _layers(args: argparse.Namespace, model: Model, bound: Bound) -> list[str]:
     from certify.methods import Layerwise
     from certify.text import up_text
 
-    if args.method == "layerwise":
+    if args.method != "lipsdp":
         return [f"  {'  ' * depth + (part.name or '-'):<12} {up_text(part.value):<14} {part.method}" for depth, part in bound.table()]
     from certify.bound import Everywhere
 
@@ -173,7 +177,7 @@ def bound_json(bound: Bound) -> dict[str, Any]:
             {"name": part.name, "type": part.evidence.get("module"), "depth": depth, "value": part.value, "how": part.method} for depth, part in bound.table()
         ],
     }
-    if "status" in bound.evidence:
+    if "settings" in bound.evidence:
         numbers = {key: bound.evidence[key] for key in ("claimed", "gap", "layerwise")}
         about["lipsdp"] = {
             "settings": bound.evidence["settings"],

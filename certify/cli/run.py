@@ -50,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)")
     parser.add_argument(
         "--bound",
-        choices=["layerwise", "lipsdp"],
+        choices=["layerwise", "lipsdp", "frequency"],
         default="layerwise",
-        help="with --method margin: of the network, layer by layer, or by a semidefinite program (tighter; radii in --norm, 1, 2 or inf)",
+        help="with --method margin: of the network, layer by layer, or by a semidefinite program (tighter; lipsdp: radii in --norm, 1, 2 or inf)",
     )
     parser.add_argument("--quiet", action="store_true", help="do not print the table")
     _add_smoothing(parser.add_argument_group("with --method smoothing"))
@@ -130,16 +130,18 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
     from certify.cli.console import live
     from certify.cli.lipschitz import bound_json, progress_text
     from certify.errors import CertifyError
+    from certify.frequency import LipSDPFrequency
     from certify.graph import Graph
     from certify.lipsdp import LipSDP
     from certify.margins import Margin
-    from certify.methods import Layerwise, lipschitz
+    from certify.methods import Layerwise, LipschitzMethod, lipschitz
 
-    if args.bound == "layerwise" and args.norm not in (None, "2"):
-        raise CertifyError(f"layer by layer there are bounds from l2 only, got --norm {args.norm}; add --bound lipsdp")
+    if args.bound != "lipsdp" and args.norm not in (None, "2"):
+        raise CertifyError(f"--bound {args.bound} is from l2 only, got --norm {args.norm}; take --bound lipsdp")
     with live() as say:
-        sdp_method = LipSDP(norm=float(args.norm or 2), report=lambda what, progress: say(progress_text(what, progress)))
-        bound = lipschitz(model.net, Layerwise() if args.bound == "layerwise" else sdp_method, input_shape=model.shape)
+        by_lipsdp = LipSDP(norm=float(args.norm or 2), report=lambda what, progress: say(progress_text(what, progress)))
+        methods: dict[str, LipschitzMethod] = {"layerwise": Layerwise(), "lipsdp": by_lipsdp, "frequency": LipSDPFrequency()}
+        bound = lipschitz(model.net, methods[args.bound], input_shape=model.shape)
     method, graph = Margin(bound), Graph.of(model.net, model.shape)
     about = bound_json(bound)
     facts = {
