@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 import sdp
 from certify.bound import Array, Assumption, Bound, Domain, Everywhere
@@ -19,6 +21,7 @@ from certify.lure import Wired, wire
 from certify.methods import Layerwise, LipschitzMethod
 from certify.rounding import multiply_up, up
 from sdp import LureSystem, Progress, Solution, proof_file
+from sdp.chain import Chain, first_order
 from sdp.lipsdp import MULTIPLIERS, check_solver
 
 Report = Callable[[str, Progress], None]  # what is being solved ("network", "outputs 3 - 7", ...), and how far
@@ -41,6 +44,7 @@ class LipSDP(LipschitzMethod):
     pairs: bool = True
     tolerance: float = 1e-7
     seconds: float = math.inf  # of each program
+    device: str = "cpu"  # where torch runs the first-order method; all others, and the proof, are numpy's
     report: Report | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +56,10 @@ class LipSDP(LipschitzMethod):
             )
         if not 0 < self.tolerance < 1 or not self.seconds > 0:
             raise CertifyError(f"a tolerance between 0 and 1 and a positive time are needed, got {self.tolerance:g} and {self.seconds:g} seconds")
+        try:
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise CertifyError(f"torch cannot use the device {self.device!r} here: {(str(error).splitlines() or [''])[0]}; take device='cpu'") from None
         try:
             check_solver(self.solver)
         except ValueError as error:
@@ -66,7 +74,7 @@ class LipSDP(LipschitzMethod):
     @classmethod
     def from_settings(cls, settings: object) -> LipSDP:
         """The method of these options. Raises CertifyError for what `settings` never gives."""
-        kinds = {"solver": str, "multipliers": str, "norm": float, "pairs": bool, "tolerance": float, "seconds": float}
+        kinds = {"solver": str, "multipliers": str, "norm": float, "pairs": bool, "tolerance": float, "seconds": float, "device": str}
         if not isinstance(settings, dict) or set(settings) != set(kinds):
             raise CertifyError(f"the settings of LipSDP are {', '.join(kinds)}, got {settings!r}")
         try:
@@ -122,6 +130,17 @@ def save_proof(bound: Bound, path: pathlib.Path, about: Mapping[str, str]) -> fl
         raise CertifyError(f"a proof from l-infinity is of one output, the network has {len(wired.system.output)}; take l2 or l1")
     steps, output = wired.wiring.steps, wired.output.number
     return proof_file.write(path, steps, output, wired.wiring.inputs, multipliers, value, bound.norm[0], about, wired.names)
+
+
+def _by_torch(device: str, chain: Chain, start: Sequence[Array], *, stop: Callable[[float], bool]) -> tuple[list[Array], float]:
+    """The first-order method in float64 by torch, on a GPU perhaps. It proposes; the proof is of the numbers that come back."""
+
+    def there(arrays: Sequence[Array]) -> tuple[Any, ...]:
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays)
+
+    moved = Chain(there(chain.weights), there(chain.lower), there(chain.upper), chain.places)
+    found, claimed = first_order(moved, there(start), xp=torch, stop=stop)
+    return [part.cpu().numpy() for part in found], claimed
 
 
 class _Solved:
@@ -188,4 +207,5 @@ class _Solved:
             tolerance=self.method.tolerance,
             seconds=self.method.seconds,
             report=None if report is None else lambda progress: report(what, progress),
+            descend=first_order if self.method.device == "cpu" else functools.partial(_by_torch, self.method.device),
         )

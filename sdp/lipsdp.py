@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,13 @@ OWN = ("newton", "first-order", "split", "closed-form", "rescaled")
 _PART = 400  # signals of a part of a network that is split
 MULTIPLIERS = ("neuron", "layer")
 _BLENDS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3)  # towards multipliers that are well inside the cone
+
+
+class Descend(Protocol):
+    """`sdp.chain.first_order`, or what does the same."""
+
+    def __call__(self, chain: Chain, start: Sequence[Array], *, stop: Callable[[float], bool]) -> tuple[list[Array], float]:
+        """Better multipliers of each layer, and the constant that they stand for."""
 
 
 def check_solver(name: str) -> None:
@@ -56,6 +65,7 @@ def lipsdp(
     tolerance: float = 1e-8,
     seconds: float = math.inf,
     report: Report | None = None,
+    descend: Descend = first_order,
 ) -> Solution:
     """A proved Lipschitz constant of a system by LipSDP, from l2 (to l2), or from l-infinity for one output.
 
@@ -63,7 +73,8 @@ def lipsdp(
     multipliers of ECLipsE-Fast: cheap, loose), `rescaled` (those of the product of norms under the best diagonal scaling), `scs`, `clarabel`, or the name of
     any solver that cvxpy finds. Multipliers are one per nonlinearity (`neuron`) or per level (`layer`): both are sound. Couplings between nonlinearities
     ("LipSDP-Network") are not, and are not offered. `start` are multipliers to begin from, where the solver can. A solver that does not converge costs
-    tightness, never truth: its multipliers are pushed into the cone, or the closed form is proved instead. Raises ValueError for names that are not known.
+    tightness, never truth: its multipliers are pushed into the cone, or the closed form is proved instead. `descend` is what runs the first-order method: by
+    numpy here, or by something else elsewhere. Raises ValueError for names that are not known.
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
@@ -73,7 +84,7 @@ def lipsdp(
         cut = LureSystem(system.inputs, system.rows[alive][:, keep], system.lower[alive], system.upper[alive], system.output[:, keep])
         some = None if start is None else start[alive]
         options = {"norm": norm, "tolerance": tolerance, "seconds": seconds}
-        inner = lipsdp(cut, solver, multipliers=multipliers, start=some, report=report, **options)
+        inner = lipsdp(cut, solver, multipliers=multipliers, start=some, report=report, descend=descend, **options)
         return _with_dead(system, inner, alive, norm)
     reduced = _reduced(system) if norm == 2 else system
     goal = program(reduced, norm)
@@ -85,7 +96,7 @@ def lipsdp(
         groups = np.concatenate([groups, np.full(system.inputs, groups.max(initial=-1) + 1)])
     if start is not None:
         inside = _better(goal, inside, start)
-    asked = _propose(reduced, goal, solver, inside, groups, tolerance, seconds, report)
+    asked = _propose(reduced, goal, solver, inside, groups, tolerance, seconds, report, descend)
     if start is not None and solver == "closed-form":
         asked = min(asked, Proposal(start, goal.lipschitz(goal.smallest_gain(start)), "closed form", 0, math.inf, 0.0), key=lambda made: made.claimed)
     return _proved(system, [asked, *_within(goal, asked, inside)], norm)
@@ -128,6 +139,7 @@ def _propose(
     tolerance: float,
     seconds: float,
     report: Report | None,
+    descend: Descend,
 ) -> Proposal:
     """What the solver says."""
     if solver == "scs":
@@ -155,7 +167,7 @@ def _propose(
     if solver == "split":
         return _split(chain, goal, tolerance, seconds, report)
     t = closed_form(system)
-    parts, claimed = first_order(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
+    parts, claimed = descend(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
     return Proposal(chain.spread(parts), claimed, "first order", 0, math.inf, time.perf_counter() - began)
 
 

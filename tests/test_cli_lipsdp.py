@@ -269,3 +269,19 @@ def test_methods_that_make_no_sense_are_refused():
     for wrong in (None, {}, {**certify.LipSDP().settings, "norm": "x"}, {**certify.LipSDP().settings, "more": 1}):
         with pytest.raises(CertifyError, match="settings of LipSDP"):
             certify.LipSDP.from_settings(wrong)
+
+
+def test_the_first_order_method_by_torch_is_that_of_numpy(network):
+    from certify.lipsdp import _by_torch
+    from sdp.chain import Chain, first_order
+    from sdp.start import closed_form
+
+    system = wire(Graph.of(network, SHAPE), certify.Everywhere()).system
+    chain = Chain.of(system)
+    start = [closed_form(system)[place] for place in chain.places]
+    ours, value = first_order(chain, start)
+    theirs, other = _by_torch("cpu", chain, start, stop=lambda _: False)
+    assert other == pytest.approx(value, rel=1e-4)
+    bounds = [sdp.prove(system, chain.spread(parts)) for parts in (ours, theirs)]
+    assert bounds == pytest.approx([value, other], rel=1e-6)
+    assert certify.lipschitz(network, certify.LipSDP(solver="first-order", pairs=False), input_shape=SHAPE).value <= value * (1 + 1e-6)

@@ -32,6 +32,7 @@ def add_lipsdp(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="newton (default), first-order, split, closed-form, rescaled, scs, clarabel, or one that cvxpy finds (MOSEK, ...); the proof is always ours",
     )
+    group.add_argument("--device", default="cpu", help="where the first-order solver runs (default cpu)")
     group.add_argument("--multipliers", choices=["neuron", "layer"], default="neuron", help="one for each nonlinearity (default) or one for each layer")
     group.add_argument("--no-pairs", action="store_true", help="no program for each difference of two outputs (faster, smaller radii)")
     group.add_argument("--tolerance", type=float, default=1e-7, metavar="T", help="relative gap at which the solver may stop (default 1e-7)")
@@ -49,6 +50,7 @@ def lipsdp(args: argparse.Namespace, report: Report | None) -> LipSDP:
         pairs=not args.no_pairs,
         tolerance=args.tolerance,
         seconds=args.seconds,
+        device=args.device,
         report=report,
     )
 
