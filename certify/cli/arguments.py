@@ -6,21 +6,57 @@ import argparse
 import math
 import os
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from certify.text import parse_radius
 
 if TYPE_CHECKING:
     from certify.lipsdp import LipSDP, Report
+    from certify.models import Model
     from certify.smoothing.schedule import Procedure
 
 DEFAULT_RADII = ("36/255", "72/255", "108/255")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL and --input-shape."""
-    parser.add_argument("model", metavar="MODEL", help="net.safetensors, pkg.module:factory or ./file.py:factory (the last two run that code)")
+    """MODEL, and what a model may need to be told."""
+    parser.add_argument("model", metavar="MODEL", help="net.safetensors, net.pth with --arch, pkg.module:factory or ./file.py:factory (these run that code)")
+    add_opening(parser)
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """--input-shape, --arch, --mean and --std."""
     parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="the shape of one input, for a model that does not carry it")
+    parser.add_argument("--arch", metavar="NAME", help="of a file of weights: mlp, cnn_a, conv_small, ... (docs/cli.md), or pkg.module:factory (runs code)")
+    parser.add_argument("--mean", type=numbers, metavar="M,...", help="subtracted from inputs before the model sees them, one number or one for each channel")
+    parser.add_argument("--std", type=numbers, metavar="S,...", help="what they are divided by then; radii stay in the units of the data")
+
+
+def load_model(args: argparse.Namespace, stored: Mapping[str, Any] | None = None) -> Model:
+    """The model that these arguments name; what they leave out is taken from what is stored of an earlier one."""
+    from certify import models
+    from certify.errors import CertifyError
+
+    stored = stored or {}
+    for name, kind in (("model", "spec"), ("arch", "arch")):
+        code = stored.get(kind)
+        if getattr(args, name, None) is None and isinstance(code, str) and ":" in code and not os.path.exists(code):
+            raise CertifyError(f"the folder names {code}, which would run code; if that is wanted, say so with --{name} {code}")
+    shape_of = args.input_shape or (tuple(stored["input_shape"]) if "input_shape" in stored else None)
+    opening = {name: getattr(args, name, None) or stored.get(name) for name in ("arch", "mean", "std")}
+    return models.load(getattr(args, "model", None) or stored["spec"], shape_of, **opening)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """`0.485,0.456,0.406` as numbers."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(math.isfinite(number) for number in found):
+        raise argparse.ArgumentTypeError(f"a list of numbers such as 0.485,0.456,0.406 is needed, got {text!r}")
+    return found
 
 
 def add_lipsdp(group: argparse._ArgumentGroup) -> None:

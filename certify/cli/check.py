@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_setting, setting, shape
+from certify.cli.arguments import add_json, add_opening, add_setting, load_model, setting
 from certify.report.summary import lookup, plain
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The folder, and where model and data are now; or a log and its setting."""
     parser.add_argument("folder", metavar="DIR", type=pathlib.Path, help="a results folder, a proof (FILE of --save-proof), or a published log (FILE.tsv)")
     parser.add_argument("--model", metavar="MODEL", help="where the model is now, if it was moved; the network that a proof should be of")
-    parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="with a proof: the shape of one input, for a model that does not carry it")
+    add_opening(parser)
     parser.add_argument("--data", metavar="DATA", help="where the data (or the log that a folder was made of) are now, if they were moved")
     add_setting(parser.add_argument_group("with a published log"))
     add_json(parser)
@@ -95,9 +95,7 @@ def _proof_file(args: argparse.Namespace) -> int:
     holds, sentence = sdp.check.check(str(args.folder), stored)
     wrong = [] if holds else [sentence]
     if holds and args.model:
-        from certify import models
-
-        model = models.load(args.model, args.input_shape)
+        model = load_model(args)
         wired = wire(Graph.of(model.net, model.shape), Everywhere())
         here, there = proof_file.digest(wired.wiring.steps, wired.output.number, wired.wiring.inputs), proof_file.read(args.folder).network
         same = here == there
@@ -116,12 +114,12 @@ Found = tuple[str, list[str], "dict[str, int] | None"]  # what was done, the con
 
 def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Found:
     """The rows of a run."""
-    from certify import data, models
+    from certify import data
     from certify.cli.console import progress
     from certify.errors import CertifyError
 
     shape = tuple(manifest["model"]["input_shape"])
-    model = models.load(args.model or manifest["model"]["spec"], shape)
+    model = load_model(args, manifest["model"])
     dataset = data.load(args.data or manifest["data"]["spec"], _input_shape(manifest, shape))
     for what, found, stored in (("model", model.sha256, manifest["model"]["sha256"]), ("data", dataset.sha256, manifest["data"]["sha256"])):
         if found != stored:

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model
+from certify.cli.arguments import add_json, add_model, load_model
 
 if TYPE_CHECKING:
     from certify.models import Model
@@ -23,10 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the layers and what stands in the way of a bound; exit code 0 also when nothing can be certified, as that is the answer."""
-    from certify import models
     from certify.cli.console import out, print_json
 
-    model = models.load(args.model, args.input_shape)
+    model = load_model(args)
     about = _about(model)
     if args.json:
         print_json(about)

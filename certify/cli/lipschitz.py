@@ -7,7 +7,7 @@ import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_lipsdp, add_model, lipsdp, radius
+from certify.cli.arguments import add_json, add_lipsdp, add_model, lipsdp, load_model, radius
 
 if TYPE_CHECKING:
     from certify.bound import Bound, Domain
@@ -45,11 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the bound, rounded up, with what it assumes."""
-    from certify import models
     from certify.cli.console import out, print_json
     from certify.text import up_text
 
-    model = models.load(args.model, args.input_shape)
+    model = load_model(args)
     domain, where = _domain(args, model)
     bound = _bound(args, model, domain)
     proved = None if args.save_proof is None else _save(args, model, bound)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, indices, radius, shard, shard_here
+from certify.cli.arguments import add_json, add_model, add_radii, indices, load_model, radius, shard, shard_here
 from certify.cli.noises import add_noise, given_options, noise_of
 from certify.cli.report import show
 
@@ -97,7 +97,7 @@ def scores(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Load, prepare the method, certify what is not yet in the folder, print the table."""
-    from certify import data, models
+    from certify import data
     from certify.cli.console import progress
     from certify.errors import CertifyError
     from certify.results import Folder
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
     if args.method != "lowrank" and args.radius is not None:
         raise CertifyError(f"--radius is for --method lowrank, and the method is {args.method}; --eps chooses the radii of the table")
-    model = models.load(args.model, args.input_shape)
+    model = load_model(args)
     shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
     dataset = data.load(args.data, shape)
     prepare = {"margin": _margin, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
@@ -289,6 +289,7 @@ def _manifest(model: Model, dataset: Dataset, selection: list[int]) -> dict[str,
             "parameters": model.parameters,
             "input_shape": list(model.shape),
             "classes": list(model.classes) if model.classes else None,
+            **model.opened,
         },
         "data": {"spec": dataset.spec, "sha256": dataset.sha256, "count": len(dataset)},
         "input": {"range": list(model.input_range) if model.input_range else None, "units": "of the data, before any normalisation in the model"},

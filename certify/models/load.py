@@ -1,4 +1,4 @@
-"""From a spec string to a network: lipnet checkpoints, and factories that the user names."""
+"""From a spec string to a network: lipnet checkpoints, state dicts with an architecture, and factories that the user names."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import importlib
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 import lipnet
-from certify.errors import CertifyError
+from certify.models.architectures import ARCHITECTURES
+from certify.models.architectures import input_shape as guessed_shape
+from certify.models.weights import ModelError as ModelError
+from certify.models.weights import fill, read_state_dict
 from certify.registry import Shape
 from lipnet.checkpoint import hash_tensors
 
-FORMS = "net.safetensors (written by lipnet.save), pkg.module:factory or ./file.py:factory (runs that code)"
-_PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2")
-
-
-class ModelError(CertifyError):
-    """One sentence: what was asked, what was found, what to do next."""
+FORMS = "net.safetensors (written by lipnet.save), net.pth with --arch, pkg.module:factory or ./file.py:factory (runs that code)"
+_WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2", ".model")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +36,7 @@ class Model:
     input_shape: Shape | None  # of one input, without the batch
     input_range: tuple[float, float] | None = None
     classes: tuple[str, ...] | None = None
+    opened: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # how: architecture, mean and std, where the tensors were in the file
 
     @property
     def parameters(self) -> int:
@@ -50,9 +51,42 @@ class Model:
         return self.input_shape
 
 
-def load(spec: str, input_shape: Shape | None = None) -> Model:
-    """The model of a spec. `input_shape` is for models that do not carry their own. Raises ModelError or lipnet.CheckpointError with one sentence."""
+def load(
+    spec: str,
+    input_shape: Shape | None = None,
+    *,
+    arch: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Model:
+    """The model of a spec. `input_shape` is for models that do not carry their own.
+
+    `arch` says which network the tensors of a state dict belong to: a name of `certify.models.architectures`, or a factory as in a spec (which runs that code).
+    `mean` and `std`, one number or one for each channel, become the first layer of the network, so that radii stay in the units of the data.
+    Raises ModelError or lipnet.CheckpointError with one sentence.
+    """
+    if not isinstance(arch, str | None) or not all(isinstance(number, int | float) for number in (*(mean or ()), *(std or ()))):
+        raise ModelError(f"{spec}: an architecture is a name, mean and std are numbers, got {arch!r}, {mean!r} and {std!r}")
+    model = _load(spec, input_shape, arch)
+    if mean is None and std is None:
+        return model
+    channels = max(len(mean or ()), len(std or ()))
+    before = lipnet.Normalize(_repeated(mean or [0.0], channels), _repeated(std or [1.0], channels))
+    before = before.to(next((tensor.dtype for tensor in model.net.state_dict().values() if tensor.is_floating_point()), torch.float32))
+    opened = {**model.opened, "mean": list(before.mean), "std": list(before.std)}
+    return dataclasses.replace(model, net=nn.Sequential(before, model.net).eval(), opened=opened)
+
+
+def _repeated(values: Sequence[float], channels: int) -> list[float]:
+    return list(values) * (channels if len(values) == 1 else 1)
+
+
+def _load(spec: str, input_shape: Shape | None, arch: str | None) -> Model:
     path = pathlib.Path(spec).expanduser()
+    if path.suffix in _WEIGHTS and path.is_file():
+        return _from_weights(spec, path, input_shape, arch)
+    if arch is not None:
+        raise ModelError(f"{spec}: --arch is for a file of weights ({', '.join(_WEIGHTS[:3])}, ...); other models say themselves what they are")
     if ":" in spec and not path.exists():
         net, source = _from_factory(spec)
         return Model(spec, net, _digest(net, source), input_shape)
@@ -62,12 +96,27 @@ def load(spec: str, input_shape: Shape | None = None) -> Model:
             raise ModelError(f"{spec}: the checkpoint is of inputs of shape {checkpoint.input_shape}, --input-shape is {input_shape}; leave it out")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         return Model(spec, checkpoint.net, sha256, checkpoint.input_shape or input_shape, checkpoint.input_range, checkpoint.classes)
-    if path.suffix in _PICKLES and path.exists():
-        raise ModelError(
-            f"{spec}: a pickle can run code when it is loaded, so it is not opened; load its weights into a network of lipnet layers and lipnet.save that"
-        )
     found = "no such file" if not path.exists() else "the ending says nothing that is known"
     raise ModelError(f"{spec}: {found}; a model is one of {FORMS}")
+
+
+def _from_weights(spec: str, path: pathlib.Path, shape: Shape | None, arch: str | None) -> Model:
+    """A state dict in the architecture that is named."""
+    tensors, where = read_state_dict(path)
+    if arch is None:
+        known = ", ".join(ARCHITECTURES)
+        some = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in list(tensors.items())[:4])
+        raise ModelError(f"{spec}: it holds {len(tensors)} tensors ({some}, ...) and no architecture; name one with --arch: {known}, or pkg.module:factory")
+    source = b""
+    if ":" in arch:
+        net, source = _from_factory(arch)
+    elif arch in ARCHITECTURES:
+        net = ARCHITECTURES[arch](tensors)
+    else:
+        raise ModelError(f"--arch {arch}: not known; known are {', '.join(ARCHITECTURES)}, and pkg.module:factory or ./file.py:factory (runs that code)")
+    net = fill(net, tensors, f"--arch {arch}")
+    digest = hashlib.sha256(path.read_bytes() + source).hexdigest()
+    return Model(spec, net, digest, shape or guessed_shape(net), opened={"arch": arch, "tensors": where})
 
 
 def _from_factory(spec: str) -> tuple[nn.Module, bytes]:

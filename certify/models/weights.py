@@ -1,0 +1,118 @@
+"""State dicts: files of tensors, opened without running any code in them, and put into an architecture that is named."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from certify.errors import CertifyError
+
+_LARGEST = 64 * 2**30  # bytes that an archive may unpack to
+_RATIO = 200  # times its own size; weights hardly compress
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "weights")
+_PREFIX = re.compile(r"^(module|model|_orig_mod|net)\.")
+_HOW = "save the weights alone, with torch.save(net.state_dict(), ...), and name the architecture with --arch"
+
+
+class ModelError(CertifyError):
+    """One sentence: what was asked, what was found, what to do next."""
+
+
+def read_state_dict(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file that torch.save wrote, on the CPU, and where in it they were (": ..." or nothing).
+
+    Only tensors and plain containers are read (`weights_only`); a whole module, TorchScript and an exported program are refused, as they run code. Raises
+    ModelError with what the file is, where it is not what its name says.
+    """
+    _check_kind(path)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds; those of the unpickler are long and advise to switch the protection off
+        if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
+            raise ModelError(f"{path}: it holds a whole pickled module, or other objects, and loading those can run code; {_HOW}") from None
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path}: torch cannot read it ({line}); it may be cut short: fetch it again, or {_HOW}") from None
+    return _unwrapped(path, found)
+
+
+def _check_kind(path: pathlib.Path) -> None:
+    """Refuse what is no file of weights by its first bytes and, for a zip archive, by its names and sizes."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise ModelError(f"{path}: it is empty; fetch it again")
+    text = start.lstrip().lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise ModelError(f"{path}: it is an HTML page and not a model; a download link often leads to a page first: fetch the file itself")
+    if text.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{path}: it is a pointer of Git LFS and not the file itself; run git lfs pull, or fetch the file")
+    if not start.startswith(b"PK"):
+        return  # torch's older format, or nothing that torch knows: it says so
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names, unpacked = archive.namelist(), sum(entry.file_size for entry in archive.infolist())
+    except zipfile.BadZipFile:
+        raise ModelError(f"{path}: the archive is cut short or damaged; fetch it again") from None
+    if unpacked > min(_LARGEST, _RATIO * path.stat().st_size + 2**20):
+        raise ModelError(
+            f"{path}: the archive would unpack to {unpacked / 2**30:.1f} GiB from {path.stat().st_size / 2**20:.1f} MiB; no weights do, so it is not opened"
+        )
+    if any(name.endswith(("/constants.pkl", "model.json")) or "/code/" in name for name in names):
+        kind = "an exported program" if any(name.endswith("model.json") for name in names) else "TorchScript"
+        raise ModelError(f"{path}: it is {kind}, whose loading can run code; {_HOW}")
+
+
+def _unwrapped(path: pathlib.Path, found: Any) -> tuple[dict[str, Tensor], str]:
+    """The innermost mapping of names to tensors, without the prefixes that wrappers put before all of them."""
+    where: list[str] = []
+    while not _is_state_dict(found):
+        if isinstance(found, Mapping):
+            key: str | int | None = next((key for key in _WRAPPERS if key in found), None)
+        else:
+            key = 0 if isinstance(found, list | tuple) and len(found) == 1 else None
+        if key is None:
+            what = f"a {type(found).__name__} with {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+            raise ModelError(f"{path}: it holds {what}, in which no state dict is found; {_HOW}")
+        where.append(f"[{key!r}]")
+        found = found[key]
+    tensors = dict(found)
+    while tensors and all(_PREFIX.match(name) for name in tensors) and len({name.partition(".")[0] for name in tensors}) == 1:
+        where.append(f"without the prefix {next(iter(tensors)).partition('.')[0]}.")
+        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+    return tensors, " ".join(where)
+
+
+def _is_state_dict(found: Any) -> bool:
+    return isinstance(found, Mapping) and bool(found) and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items())
+
+
+def fill(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Module:
+    """The network with these numbers, in eval mode. Raises ModelError that names the tensors that do not fit, are missing or are left over."""
+    own = net.state_dict()
+    missing, left = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    unlike = [name for name in own.keys() & tensors.keys() if own[name].shape != tensors[name].shape]
+    if missing or left or unlike:
+        parts = [f"{len(unlike)} of {len(own)} tensors do not fit: {_sizes(unlike, tensors, own)}"] if unlike else []
+        parts += [f"the file lacks {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"] if missing else []
+        parts += [f"the architecture has no {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}"] if left else []
+        raise ModelError(f"{what}: {'; '.join(parts)}; name the architecture that these weights were trained in")
+    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+    net = net.to(dtype)
+    net.load_state_dict(dict(tensors))
+    return net.eval()
+
+
+def _sizes(names: list[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    shown = [
+        f"{name} is {'x'.join(map(str, tensors[name].shape))} in the file, {'x'.join(map(str, own[name].shape))} in the architecture" for name in names[:2]
+    ]
+    return ", ".join(shown)
+
+
+Architecture = Callable[[Mapping[str, Tensor]], nn.Module]  # from the tensors, whose sizes it may look at
