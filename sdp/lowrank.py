@@ -51,7 +51,7 @@ def propose(
 
     With a `goal`, stops once the minimum is, as far as a solver knows, on one side of it.
     """
-    return _Solver(_Scaled.of(relaxation, row, offset)).run(accuracy, goal, steps)
+    return _Solver(Scaled.of(relaxation, row, offset)).run(accuracy, goal, steps)
 
 
 def memory(relaxation: Relaxation) -> int:
@@ -63,7 +63,7 @@ def memory(relaxation: Relaxation) -> int:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Scaled:
+class Scaled:
     """The relaxation in units in which e and v lie in about [-1, 1] and the row has size 1, and how to go back."""
 
     rows: Array  # (U, signals)
@@ -75,6 +75,7 @@ class _Scaled:
     high: Array  # (inputs,)
     objective: Array  # (signals,)
     constant: float
+    layers: tuple[int, ...]  # unstable neurons of each
     inputs: int  # fewer than the network's where only the directions that its rows see matter
     ball: bool
     boxed: bool
@@ -83,7 +84,7 @@ class _Scaled:
     side: Array  # (the network's inputs,)
 
     @classmethod
-    def of(cls, relaxation: Relaxation, row: Ranged, offset: Ranged) -> _Scaled:
+    def of(cls, relaxation: Relaxation, row: Ranged, offset: Ranged) -> Scaled:
         region = relaxation.region
         inputs = len(region.center)
         rows, offsets = all_rows(relaxation.layers, inputs)
@@ -108,6 +109,7 @@ class _Scaled:
             high=high / side,
             objective=np.concatenate([of_inputs, of_neurons]) / unit,
             constant=float(offset.value) / unit,
+            layers=tuple(len(part.lower) for part in relaxation.layers),
             inputs=len(of_inputs),
             ball=region.norm == 2,
             boxed=region.boxed,
@@ -137,7 +139,7 @@ def _finite(values: Array, least: float) -> Array:
 class _Solver:
     """Helmberg-Kojima-Monteiro steps with Mehrotra's predictor and corrector; dual feasible throughout."""
 
-    def __init__(self, problem: _Scaled) -> None:
+    def __init__(self, problem: Scaled) -> None:
         self.problem = problem
         count, signals = problem.rows.shape
         inputs = problem.inputs
