@@ -180,17 +180,37 @@ class _Solver:
         return np.block([[matrix, half.T], [half, half @ self.g.T]])
 
     def _values(self, matrix: Array, seen: Array) -> Array:
-        """`<A_j, matrix>`."""
-        found = np.asarray(self.p.multiply(self.q @ seen).sum(axis=1)).ravel()
-        return np.append(found, self.ball @ np.diagonal(matrix)) if self.problem.ball else found
+        """`<A_j, matrix>`, each from the entries of `_seen` that it consists of."""
+        problem, inputs, size = self.problem, self.problem.inputs, self.size
+        diagonal, corner = np.diagonal(matrix), matrix[0, 0]
+        a, g, product = matrix[1 + inputs :, 0], seen[size:, 0], np.diagonal(seen[1 + inputs : size, size:])
+        found = [-a, -g, (1 - problem.slope) * a + problem.slope * g - problem.chord * corner, product, diagonal[1 + inputs :] - problem.upper * a]
+        if problem.boxed:
+            low, high = problem.low, problem.high
+            found.append(diagonal[1 : 1 + inputs] - (low + high) * matrix[1 : 1 + inputs, 0] + low * high * corner)
+        found.append(np.array([corner]))
+        if problem.ball:
+            found.append(np.array([self.ball @ diagonal]))
+        return np.concatenate(found)
 
     def _sum(self, multipliers: Array) -> Array:
         """`sum_j multipliers_j A_j`."""
-        both = (self.p.T @ sparse.diags(multipliers[: self.rank_two]) @ self.q).tocsr()
-        total = both[: self.size, : self.size].toarray() + both[: self.size, self.size :] @ self.g + (both[self.size :, : self.size].T @ self.g).T
+        problem, inputs = self.problem, self.problem.inputs
+        positive, above, chord, product, square, sides, corner, ball = (multipliers[self.place[name]] for name in _FAMILIES)
+        total, diagonal = np.zeros((self.size, self.size)), np.zeros(self.size)
+        total[0] = (problem.slope * chord - above) @ self.g
+        total[0, 1 + inputs :] += (1 - problem.slope) * chord - positive - problem.upper * square
+        total[0, 0] += corner[0] - problem.chord @ chord
+        total[1 + inputs :] += product[:, None] * self.g
+        diagonal[1 + inputs :] = square
+        if problem.boxed:
+            total[0, 1 : 1 + inputs] -= (problem.low + problem.high) * sides
+            total[0, 0] += (problem.low * problem.high) @ sides
+            diagonal[1 : 1 + inputs] = sides
+        if problem.ball:
+            diagonal += ball[0] * self.ball
         total = (total + total.T) / 2
-        if self.problem.ball:
-            total[np.diag_indices(self.size)] += multipliers[-1] * self.ball
+        total[np.diag_indices(self.size)] += diagonal
         return total
 
     def _schur(self, primal: Array, inverse: Array, seen: Array, seen_inverse: Array) -> Array:
