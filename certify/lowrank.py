@@ -64,7 +64,7 @@ class LowRank(RobustnessMethod):
                 raise CertifyError(f"{name} is between 0 and 1, got {name}={value}")
         if not self.memory > 0:
             raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
-        if self.solver not in SOLVERS:
+        if self.solver not in tuple(SOLVERS):
             raise CertifyError(f"the multipliers of LowRank are proposed by {' or '.join(map(repr, SOLVERS))}, got solver={self.solver!r}")
 
     def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:

@@ -22,10 +22,10 @@ from sdp.relaxation import Relaxation
 Array = NDArray[np.float64]
 _FAMILIES = ("positive", "above", "chord", "product", "square", "sides", "ball")
 _MORE = 6  # columns, beyond those of the start
-_FIRST, _LAST = 5.0, 30.0  # penalties; larger ones make the steps slow, and the multipliers converge without
+_FIRST, _USUAL, _LARGEST = 5.0, 30.0, 1e3  # penalties; large ones make the steps slow, and most multipliers converge without
 _STEPS = 1000  # of L-BFGS in a round
 _HISTORY = 20  # of L-BFGS
-_STUCK, _GIVEN_UP = 4, 12  # rounds without a better bound
+_STUCK = 4  # rounds without a better bound
 _LIFTS = 10.0 ** np.arange(-10.0, 2.01, 0.25)
 
 
@@ -233,11 +233,16 @@ class _Factors:
             if min(upper, claimed) - lower < accuracy or upper < limits[0] or lower > limits[1]:
                 upper = min(upper, claimed)
                 break
-            if since >= _STUCK and R.shape[1] < most and eigenvalue < -accuracy / 10:
-                R, since = np.hstack([R, 0.05 * vector]), 0
-            elif since >= _GIVEN_UP:
+            penalty = min(1.7 * penalty, _USUAL) if missing > 0.4 * before and penalty < _USUAL else penalty
+            if since < _STUCK:
+                continue
+            if R.shape[1] < most and eigenvalue < -accuracy / 10:
+                R = np.hstack([R, 0.05 * vector])
+            elif penalty < _LARGEST:
+                penalty *= 3
+            else:
                 break
-            penalty = min(1.7 * penalty, _LAST) if missing > 0.4 * before else penalty
+            since = 0
         return Proposal(self.back(best), lower * problem.unit, upper * problem.unit, done)
 
     def back(self, multipliers: Array) -> Multipliers:
