@@ -50,7 +50,7 @@ def memory(relaxation: Relaxation) -> int:
     inputs, unstable = len(relaxation.region.center), relaxation.unstable
     signals = unstable + (inputs if relaxation.region.boxed else min(inputs, unstable + 1))
     columns = len(relaxation.layers) + 1 + _MORE
-    return 8 * (6 * signals**2 + 4 * unstable * (inputs + unstable) + (2 * _HISTORY + 10) * signals * columns)
+    return 8 * (10 * signals**2 + 8 * unstable * (inputs + unstable) + (2 * _HISTORY + 10) * signals * columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -56,9 +56,13 @@ def propose(
 
 def memory(relaxation: Relaxation) -> int:
     """About how many bytes `propose` needs."""
-    inputs, unstable = len(relaxation.region.center), relaxation.unstable
-    signals = unstable + (inputs if relaxation.region.boxed else min(inputs, unstable + 1))
-    constraints = 5 * unstable + (inputs if relaxation.region.boxed else 0) + 2
+    return memory_for(len(relaxation.region.center), relaxation.unstable, relaxation.region.boxed)
+
+
+def memory_for(inputs: int, unstable: int, boxed: bool) -> int:
+    """... for so many inputs and unstable neurons, and a region with bounds on single entries or without."""
+    signals = unstable + (inputs if boxed else min(inputs, unstable + 1))
+    constraints = 5 * unstable + (inputs if boxed else 0) + 2
     return 8 * (12 * (signals + 1) ** 2 + 4 * (signals + unstable + 1) ** 2 + 12 * constraints**2)
 
 
