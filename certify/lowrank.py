@@ -21,10 +21,15 @@ from certify.errors import CertifyError, Problem
 from certify.graph import Graph
 from certify.margins import RobustnessMethod, logits
 from certify.spectral import as_float64
-from sdp.lowrank import memory, propose
+from sdp import burer_monteiro
+from sdp import lowrank as interior_point
 from sdp.lowrank_proof import prove_margin
 from sdp.relaxation import Affine, Region, Relaxation, ReLUNetwork, relax
 
+SOLVERS = {
+    "interior-point": (interior_point.propose, interior_point.memory),
+    "burer-monteiro": (burer_monteiro.propose, burer_monteiro.memory),
+}
 _KNOWN = "nn.Linear, nn.ReLU, nn.Flatten, nn.Identity, nn.Dropout and lipnet.Normalize, one after the other"
 _REARRANGING = {torch.flatten, "flatten", torch.reshape, "reshape", "view"}
 _ACTIVATING = {torch.relu, nn.functional.relu, "relu"}
@@ -36,10 +41,10 @@ _ROUNDS, _STEPS = 12, 12  # of the attack
 class LowRank(RobustnessMethod):
     """No other class has a larger logit anywhere in a ball: each margin is bounded below by a semidefinite relaxation (Raghunathan, Steinhardt & Liang 2018).
 
-    The relaxation is the one that Chiu & Zhang (2023) solve at low rank, with pre-activation bounds and chords; an interior-point method proposes its
-    multipliers and `sdp.lowrank_proof` proves a bound from them. With a `radius`, that ball is tried: a certificate has the next number above it, with which
-    it was proved, or 0. Without, the largest radius is searched to within `tolerance` of its size; what is reported was proved, for each
-    class at that radius or at a larger one.
+    The relaxation is the one that Chiu & Zhang (2023) solve at low rank, with pre-activation bounds and chords. A solver proposes its multipliers, an
+    interior-point method or factors of low rank (Burer & Monteiro 2003), and `sdp.lowrank_proof` proves a bound from them. With a `radius`, that ball is
+    tried: a certificate has the next number above it, with which it was proved, or 0. Without, the largest radius is searched to within `tolerance` of its
+    size; what is reported was proved, for each class at that radius or at a larger one.
     """
 
     radius: float | None = None
@@ -47,6 +52,7 @@ class LowRank(RobustnessMethod):
     tolerance: float = 0.01  # of the search, relative
     accuracy: float = 1e-5  # of the solver, relative to the size of the last layer
     memory: float = 4.0  # GiB that the solver may use
+    solver: str = "interior-point"  # or "burer-monteiro": less exact and less memory
 
     def __post_init__(self) -> None:
         if self.norm not in (2, math.inf):
@@ -58,6 +64,8 @@ class LowRank(RobustnessMethod):
                 raise CertifyError(f"{name} is between 0 and 1, got {name}={value}")
         if not self.memory > 0:
             raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
+        if self.solver not in tuple(SOLVERS):
+            raise CertifyError(f"the multipliers of LowRank are proposed by {' or '.join(map(repr, SOLVERS))}, got solver={self.solver!r}")
 
     def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:
         graph = Graph.of(net, tuple(inputs.shape[1:]))
@@ -168,6 +176,7 @@ class _Balls:
         if float(relaxation.smallest(row[None], offset[None])[0]) > 0:
             return True
         if relaxation.unstable and self._fits(relaxation):
+            propose, _ = SOLVERS[self.method.solver]
             proposal = propose(relaxation, row, offset, self.method.accuracy, goal=0.0)
             if prove_margin(relaxation, row, offset, proposal.multipliers) > 0:
                 return True
@@ -176,6 +185,7 @@ class _Balls:
 
     def _fits(self, relaxation: Relaxation) -> bool:
         """Whether the solver has the memory; in a search, a ball that is too large is not proved. Raises CertifyError for the one ball that was asked for."""
+        _, memory = SOLVERS[self.method.solver]
         needed = memory(relaxation) / 2**30
         if needed <= self.method.memory or self.method.radius is None:
             return needed <= self.method.memory
@@ -328,7 +338,8 @@ def method_of(manifest: Mapping[str, Any]) -> LowRank:
     try:
         call = ast.parse(text, mode="eval").body
         if isinstance(call, ast.Call) and ast.unparse(call.func) == LowRank.__name__ and not call.args:
-            return LowRank(**{word.arg or "": math.inf if ast.unparse(word.value) == "inf" else ast.literal_eval(word.value) for word in call.keywords})
+            options: dict[str, Any] = {word.arg or "": math.inf if ast.unparse(word.value) == "inf" else ast.literal_eval(word.value) for word in call.keywords}
+            return LowRank(**options)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
         pass
     raise CertifyError(f"the manifest's method {text[:80]!r} is not the printed form of one of this version; make the folder again with certify run")

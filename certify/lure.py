@@ -43,6 +43,7 @@ _reasons: dict[type[nn.Module], str] = {
 _SUMS = (operator.add, torch.add)
 _ROOM = 1e-7
 _SHARE = 0.5  # of the machine's memory
+_LOOKED_AT = 2**24  # entries of a layer's matrix
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +72,21 @@ def wire(graph: Graph, domain: Domain) -> Wired:
     if problems:
         raise Unsupported(problems)
     return Lowering(graph, domain).run()
+
+
+def memory(signals: int) -> int:
+    """About how many bytes a solver holds: 12 matrices of the size of the inequality."""
+    return 8 * 12 * signals**2
+
+
+def signals_of(graph: Graph) -> int | None:
+    """The size of the matrix inequality on all inputs; None where the matrices of single layers are too large to look. Raises as `wire` does."""
+    sizes = [(graph.input_of(node), graph.shapes[node.name]) for node in graph.trace.nodes if node.op == "call_module"]
+    if any(math.prod(shape) * math.prod(made) > _LOOKED_AT for shape, made in sizes):
+        return None
+    lowering = Lowering(graph, Everywhere())
+    lowering.nodes()
+    return lowering.wiring.width + 1
 
 
 def problems_of(graph: Graph) -> list[Problem]:
@@ -127,7 +143,14 @@ class Lowering:
         self.hints: list[Array] = []  # the layers' own multipliers, in the order of the nonlinearities
 
     def run(self) -> Wired:
-        """All nodes, in order."""
+        """The whole network, as a system."""
+        output, leaves, scales = self.nodes()
+        chain = all(len(node.users) <= 1 and len(node.all_input_nodes) <= 1 and node.op in ("placeholder", "call_module", "output") for node in self._signals())
+        given = self._given(scales) if chain and self.everywhere else None
+        return Wired(self.wiring, output, self.wiring.system(output), given, tuple(leaves), self.names)
+
+    def nodes(self) -> tuple[Signal, list[tuple[str, int, int]], list[tuple[int, int, float]]]:
+        """All nodes, in order: the output, the nonlinearities of each module, and its constant beside its multipliers."""
         values: dict[torch.fx.Node, Any] = {}
         leaves: list[tuple[str, int, int]] = []
         scales: list[tuple[int, int, float]] = []
@@ -146,10 +169,7 @@ class Lowering:
             elif node.op != "output":
                 values[node] = self.operation(node, values)
             self.check_memory()
-        output = values[self.graph.output].signal
-        chain = all(len(node.users) <= 1 and len(node.all_input_nodes) <= 1 and node.op in ("placeholder", "call_module", "output") for node in self._signals())
-        given = self._given(scales) if chain and self.everywhere else None
-        return Wired(self.wiring, output, self.wiring.system(output), given, tuple(leaves), self.names)
+        return values[self.graph.output].signal, leaves, scales
 
     def _signals(self) -> list[torch.fx.Node]:
         return [node for node in self.graph.trace.nodes if node.name in self.graph.shapes or node.op == "output"]
@@ -236,9 +256,9 @@ class Lowering:
         return made
 
     def check_memory(self, more: int = 0) -> None:
-        """Refuse before the machine has to: a solver holds about 12 matrices of the size of the inequality."""
+        """Refuse before the machine has to."""
         size = self.wiring.width + 1
-        needed = 8 * (12 * size**2 + more)
+        needed = memory(size) + 8 * more
         available = int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         if needed > available:
             raise CertifyError(

@@ -51,19 +51,23 @@ def propose(
 
     With a `goal`, stops once the minimum is, as far as a solver knows, on one side of it.
     """
-    return _Solver(_Scaled.of(relaxation, row, offset)).run(accuracy, goal, steps)
+    return _Solver(Scaled.of(relaxation, row, offset)).run(accuracy, goal, steps)
 
 
 def memory(relaxation: Relaxation) -> int:
     """About how many bytes `propose` needs."""
-    inputs, unstable = len(relaxation.region.center), relaxation.unstable
-    signals = unstable + (inputs if relaxation.region.boxed else min(inputs, unstable + 1))
-    constraints = 5 * unstable + (inputs if relaxation.region.boxed else 0) + 2
+    return memory_for(len(relaxation.region.center), relaxation.unstable, relaxation.region.boxed)
+
+
+def memory_for(inputs: int, unstable: int, boxed: bool) -> int:
+    """... for so many inputs and unstable neurons, and a region with bounds on single entries or without."""
+    signals = unstable + (inputs if boxed else min(inputs, unstable + 1))
+    constraints = 5 * unstable + (inputs if boxed else 0) + 2
     return 8 * (12 * (signals + 1) ** 2 + 4 * (signals + unstable + 1) ** 2 + 12 * constraints**2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Scaled:
+class Scaled:
     """The relaxation in units in which e and v lie in about [-1, 1] and the row has size 1, and how to go back."""
 
     rows: Array  # (U, signals)
@@ -75,6 +79,7 @@ class _Scaled:
     high: Array  # (inputs,)
     objective: Array  # (signals,)
     constant: float
+    layers: tuple[int, ...]  # unstable neurons of each
     inputs: int  # fewer than the network's where only the directions that its rows see matter
     ball: bool
     boxed: bool
@@ -83,7 +88,7 @@ class _Scaled:
     side: Array  # (the network's inputs,)
 
     @classmethod
-    def of(cls, relaxation: Relaxation, row: Ranged, offset: Ranged) -> _Scaled:
+    def of(cls, relaxation: Relaxation, row: Ranged, offset: Ranged) -> Scaled:
         region = relaxation.region
         inputs = len(region.center)
         rows, offsets = all_rows(relaxation.layers, inputs)
@@ -108,6 +113,7 @@ class _Scaled:
             high=high / side,
             objective=np.concatenate([of_inputs, of_neurons]) / unit,
             constant=float(offset.value) / unit,
+            layers=tuple(len(part.lower) for part in relaxation.layers),
             inputs=len(of_inputs),
             ball=region.norm == 2,
             boxed=region.boxed,
@@ -137,7 +143,7 @@ def _finite(values: Array, least: float) -> Array:
 class _Solver:
     """Helmberg-Kojima-Monteiro steps with Mehrotra's predictor and corrector; dual feasible throughout."""
 
-    def __init__(self, problem: _Scaled) -> None:
+    def __init__(self, problem: Scaled) -> None:
         self.problem = problem
         count, signals = problem.rows.shape
         inputs = problem.inputs
@@ -178,17 +184,37 @@ class _Solver:
         return np.block([[matrix, half.T], [half, half @ self.g.T]])
 
     def _values(self, matrix: Array, seen: Array) -> Array:
-        """`<A_j, matrix>`."""
-        found = np.asarray(self.p.multiply(self.q @ seen).sum(axis=1)).ravel()
-        return np.append(found, self.ball @ np.diagonal(matrix)) if self.problem.ball else found
+        """`<A_j, matrix>`, each from the entries of `_seen` that it consists of."""
+        problem, inputs, size = self.problem, self.problem.inputs, self.size
+        diagonal, corner = np.diagonal(matrix), matrix[0, 0]
+        a, g, product = matrix[1 + inputs :, 0], seen[size:, 0], np.diagonal(seen[1 + inputs : size, size:])
+        found = [-a, -g, (1 - problem.slope) * a + problem.slope * g - problem.chord * corner, product, diagonal[1 + inputs :] - problem.upper * a]
+        if problem.boxed:
+            low, high = problem.low, problem.high
+            found.append(diagonal[1 : 1 + inputs] - (low + high) * matrix[1 : 1 + inputs, 0] + low * high * corner)
+        found.append(np.array([corner]))
+        if problem.ball:
+            found.append(np.array([self.ball @ diagonal]))
+        return np.concatenate(found)
 
     def _sum(self, multipliers: Array) -> Array:
         """`sum_j multipliers_j A_j`."""
-        both = (self.p.T @ sparse.diags(multipliers[: self.rank_two]) @ self.q).tocsr()
-        total = both[: self.size, : self.size].toarray() + both[: self.size, self.size :] @ self.g + (both[self.size :, : self.size].T @ self.g).T
+        problem, inputs = self.problem, self.problem.inputs
+        positive, above, chord, product, square, sides, corner, ball = (multipliers[self.place[name]] for name in _FAMILIES)
+        total, diagonal = np.zeros((self.size, self.size)), np.zeros(self.size)
+        total[0] = (problem.slope * chord - above) @ self.g
+        total[0, 1 + inputs :] += (1 - problem.slope) * chord - positive - problem.upper * square
+        total[0, 0] += corner[0] - problem.chord @ chord
+        total[1 + inputs :] += product[:, None] * self.g
+        diagonal[1 + inputs :] = square
+        if problem.boxed:
+            total[0, 1 : 1 + inputs] -= (problem.low + problem.high) * sides
+            total[0, 0] += (problem.low * problem.high) @ sides
+            diagonal[1 : 1 + inputs] = sides
+        if problem.ball:
+            diagonal += ball[0] * self.ball
         total = (total + total.T) / 2
-        if self.problem.ball:
-            total[np.diag_indices(self.size)] += multipliers[-1] * self.ball
+        total[np.diag_indices(self.size)] += diagonal
         return total
 
     def _schur(self, primal: Array, inverse: Array, seen: Array, seen_inverse: Array) -> Array:

@@ -197,6 +197,40 @@ def test_inspect_names_every_offending_node(tmp_path, capsys):
     assert "--input-shape" in capsys.readouterr().err
 
 
+def test_inspect_says_which_semidefinite_certifiers_apply(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("certify.lure._LOOKED_AT", 60)
+    start = "import lipnet\nfrom torch import nn\ndef make():\n    return "
+    relu, sorting = "nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU()", "nn.Linear(8, 6), lipnet.MaxMin()"
+    nets = {
+        "relu": (f"nn.Sequential({relu}, nn.Linear(7, 3))", 1 + 8 + 12, 1 + 8 + 12),
+        "sorting": (f"nn.Sequential({sorting}, nn.Linear(6, 3))", 1 + 8 + 3, None),  # one comparison for each pair
+        "wide": ("nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Linear(20, 3))", None, 1 + 8 + 20),
+    }
+    for name, (code, lipsdp, lowrank) in nets.items():
+        (tmp_path / f"{name}.py").write_text(start + code + "\n")
+        assert main(["inspect", f"{tmp_path}/{name}.py:make", "--input-shape", "8", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["certifiers"]
+        assert found["lipsdp"]["applies"]
+        assert found["lipsdp"]["signals"] == lipsdp
+        assert found["lowrank"]["applies"] == (lowrank is not None)
+        assert found["lowrank"].get("signals") == lowrank
+        assert all(found[method].get("mebibytes") is None or found[method]["mebibytes"] >= 1 for method in ("lipsdp", "lowrank"))
+        assert main(["inspect", f"{tmp_path}/{name}.py:make", "--input-shape", "8"]) == 0
+        shown = capsys.readouterr().out
+        assert f"certifier lipsdp: applies; {'a matrix inequality of' if lipsdp else 'its matrices are too large'}" in shown
+        assert ("certifier lowrank: applies; in a large ball" in shown) == (lowrank is not None)
+        assert lowrank is not None or "MaxMin at 1: is none of nn.Linear, nn.ReLU" in shown
+    (tmp_path / "odd.py").write_text(start + "nn.Sequential(nn.Linear(8, 8), nn.Softplus())\n")
+    assert main(["inspect", f"{tmp_path}/odd.py:make", "--input-shape", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["certifiers"]
+    assert all(not found[method]["applies"] and "Softplus at 1" in found[method]["problems"][0] for method in ("margin", "lipsdp", "lowrank"))
+    (tmp_path / "pool.py").write_text(start + "nn.Sequential(nn.Unflatten(1, (2, 2, 2)), lipnet.L2Pool2d(2), nn.Flatten(), nn.Linear(2, 2))\n")
+    assert main(["inspect", f"{tmp_path}/pool.py:make", "--input-shape", "8", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["certifiers"]
+    assert [found[method]["applies"] for method in ("margin", "lipsdp", "lowrank")] == [True, False, False]
+    assert "L2Pool2d at 1: an l2 norm" in found["lipsdp"]["problems"][0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

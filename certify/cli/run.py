@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_smoothing(parser.add_argument_group("with --method smoothing"))
     group = parser.add_argument_group("with --method lowrank (and --norm, as above)")
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
+    group.add_argument(
+        "--proposer",
+        choices=["interior-point", "burer-monteiro"],
+        help="what proposes the multipliers that are proved: an interior-point method (the default), or factors of low rank, in less memory",
+    )
     add_radii(parser)
     add_json(parser)
 
@@ -109,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
         raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
     if args.method != "lowrank" and args.radius is not None:
         raise CertifyError(f"--radius is for --method lowrank, and the method is {args.method}; --eps chooses the radii of the table")
+    if args.method != "lowrank" and args.proposer is not None:
+        raise CertifyError(f"--proposer is for --method lowrank, and the method is {args.method}; say which of the two is meant")
     model = load_model(args)
     shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
     dataset = data.load(args.data, shape)
@@ -213,7 +220,7 @@ def _lowrank(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[
     norm = args.norm or "2"
     if norm == "1":
         raise CertifyError("--method lowrank has radii in l2 and in the maximum norm, got --norm 1")
-    method, graph = LowRank(args.radius, float(norm)), Graph.of(model.net, model.shape)
+    method, graph = LowRank(args.radius, float(norm), solver=args.proposer or LowRank.solver), Graph.of(model.net, model.shape)
     network = relu_network(graph)
     facts = {
         "method": repr(method),
