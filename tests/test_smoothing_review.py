@@ -34,10 +34,11 @@ class Mixes(nn.Module):
         return torch.cat([z, torch.full_like(z[:, :1], -1e9)], dim=1)
 
 
-def test_a_masked_class_does_not_hide_what_the_rows_of_a_batch_do_to_each_other():
+@pytest.mark.parametrize("batch", [2, 3, 256])
+def test_a_masked_class_does_not_hide_what_the_rows_of_a_batch_do_to_each_other(batch):
     torch.manual_seed(0)
     with pytest.raises(CertifyError, match="depends on the other inputs of its batch"):
-        certify.robustness(Mixes().eval(), torch.rand(2, 8), Smoothing(Gaussian(0.2), schedule=SHORT))
+        certify.robustness(Mixes().eval(), torch.rand(2, 8), Smoothing(Gaussian(0.2), schedule=SHORT, batch=batch))
 
 
 def test_a_masked_class_is_no_reason_to_refuse():
@@ -50,7 +51,7 @@ def test_a_masked_class_is_no_reason_to_refuse():
             return torch.nn.functional.pad(self.linear(x), (0, 1), value=-1e9)
 
     torch.manual_seed(0)
-    assert prepared(Masked().eval(), (8,), 64)[1] == 4
+    assert all(prepared(Masked().eval(), (8,), batch)[1] == 4 for batch in (1, 2, 64))
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e5])
@@ -96,7 +97,7 @@ def test_a_lipschitz_constant_is_for_copies_that_float32_holds():
     """Beyond 2^24 steps of the grid float32 moves a copy by more than the half step that was taken from the probabilities."""
     net = nn.Sequential(nn.Linear(2, 3)).eval()
     bound = lipschitz(net, input_shape=(2,))
-    method = Smoothing(Gaussian(0.05), Softmax(1.0), SHORT, levels=65536, lipschitz=bound)
+    method = Smoothing(Gaussian(0.001), Softmax(1.0), SHORT, levels=65536, lipschitz=bound)
     method.place(np.full((1, 2), 100.0))
     with pytest.raises(CertifyError, match="take fewer levels"):
         method.place(np.full((1, 2), 300.0))
