@@ -129,7 +129,12 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
             )
     again = _counts if _counted(manifest) else _proof
     again = _relaxations if str(manifest.get("method")).startswith("LowRank(") else again
-    known = {"model.parameters": model.parameters, "model.classes": list(model.classes) if model.classes else None, "data.count": len(dataset)}
+    known = {
+        "model.parameters": model.parameters,
+        "model.classes": list(model.classes) if model.classes else None,
+        "input.range": list(model.input_range) if model.input_range else None,
+        "data.count": len(dataset),
+    }
     told = {name: lookup(manifest, *name.split(".")) for name in known}
     wrong = [f"the manifest has {name} {told[name]!r}, the model and the data have {known[name]!r}" for name in known if told[name] != known[name]]
     with progress(f"check {args.folder}", len(rows)) as advance:

@@ -29,7 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the files that were asked for, then print the table."""
+    """Write the files that were asked for, then print the table. Refused for folders whose fields are not of the kinds that certify run writes."""
+    from certify.errors import CertifyError
+
+    try:
+        return _run(args)
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        folders = ", ".join(map(str, args.folders))
+        raise CertifyError(f"{folders}: a folder is not what certify run writes ({error!r}); certify check says where") from error
+
+
+def _run(args: argparse.Namespace) -> int:
     from certify.errors import CertifyError
     from certify.report import html, tsv
     from certify.results import write_atomically

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,9 @@ class Smoothing(RobustnessMethod):
         if type(self.noise) not in _DRAWN:
             drawn = ", ".join(sorted(kind.__name__ for kind in _DRAWN))
             raise CertifyError(f"no copies are drawn with {self.noise!r}, but with {drawn}; its radius can be had from counts of your own (Procedure)")
+        for name, kind in _KINDS.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise CertifyError(f"{name}={value!r} is not of the kind that smoothing takes; see help(Smoothing)")
         if self.dtype not in ("float32", "bfloat16"):
             raise CertifyError(f"a network is evaluated in float32 or bfloat16, got dtype={self.dtype!r}")
         if self.dtype == "bfloat16" and (self.lipschitz is not None or self.engine != "torch"):
@@ -171,6 +175,11 @@ class Smoothing(RobustnessMethod):
             lost = np.abs(np.asarray(last, dtype=np.float64) - narrow).reshape(len(last), math.prod(last.shape[1:]))
             return torch.from_numpy(narrow), np.sqrt((lost * lost).sum(axis=1)) * (1 + 1e-9)
         whole, apart = to_grid(last, self.levels, norm=self.norm or 2.0)
+        most = _EXACT - len(self.copies.tables.thresholds) if self.lipschitz is not None and isinstance(self.copies, Grid) else math.inf
+        if (size := int(np.abs(whole).max(initial=0))) > most:
+            raise CertifyError(
+                f"with a Lipschitz constant inputs are at most {most} steps of the grid in size, for copies are float32 numbers, got {size}; take fewer levels"
+            )
         return torch.from_numpy(np.ascontiguousarray(whole)), apart
 
     def run(
@@ -257,6 +266,18 @@ class Smoothing(RobustnessMethod):
         )
 
 
+_EXACT = 1 << 24  # up to here whole numbers are float32 numbers
+_NUMBER = int | float
+_KINDS: dict[str, Any] = {
+    "scores": ScoreMap,
+    "schedule": Schedule,
+    "bound": ConfidenceBound | None,
+    "target": _NUMBER | None,
+    "tolerance": _NUMBER | None,
+    "vote_margin": _NUMBER,
+    "engine": str,
+    "shared": bool,
+}
 _DRAWN = (
     Gaussian,
     GaussianLinf,

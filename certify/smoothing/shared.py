@@ -25,7 +25,7 @@ from certify.errors import CertifyError
 from certify.registry import Shape
 from certify.smoothing.engine import Forward, Source
 from certify.smoothing.noise import Grid, native, noisy_rows, row_table
-from certify.smoothing.prepare import PART, Parts, close
+from certify.smoothing.prepare import PART, Parts, close, own_forwards
 
 LARGEST = 1 << 20  # of an entry of a copy, in steps of the grid
 BLOCK = 1024  # copies whose noise goes through the layer at once
@@ -75,6 +75,8 @@ def once(net: nn.Module, shape: Shape, noise: Grid, batch: int) -> FirstOnce | N
     None: it does not begin with one, after changes of shape, and of mean and scale, or its outputs would not stay those of the network on random batches.
     """
     whole = net.net if isinstance(net, Parts) else net
+    if own_forwards(whole):
+        return None
     try:
         traced = whole if isinstance(whole, fx.GraphModule) else fx.symbolic_trace(whole)
         (node,) = (node for node in traced.graph.nodes if node.op == "placeholder")
