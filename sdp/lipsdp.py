@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ Labels = NDArray[np.int64]
 OWN = ("newton", "first-order", "split", "closed-form", "rescaled")
 _PART = 400  # signals of a part of a network that is split
 MULTIPLIERS = ("neuron", "layer")
+_LARGE = (1e9, 1e12, 1e7)  # multipliers of nonlinearities that do not move
 _BLENDS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3)  # towards multipliers that are well inside the cone
 
 
@@ -67,6 +70,10 @@ def lipsdp(
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
+    idle = np.flatnonzero(_idle(system))
+    if len(idle):
+        options: dict[str, Any] = {"norm": norm, "multipliers": multipliers, "tolerance": tolerance, "seconds": seconds, "report": report}
+        return _with_idle(system, idle, lambda rest, kept: lipsdp(rest, solver, start=None if start is None else start[kept], **options), norm)
     reduced = _reduced(system) if norm == 2 else system
     goal = program(reduced, norm)
     if goal.count == 0 and norm == 2:
@@ -81,6 +88,30 @@ def lipsdp(
     if start is not None and solver == "closed-form":
         asked = min(asked, Proposal(start, goal.lipschitz(goal.smallest_gain(start)), "closed form", 0, math.inf, 0.0), key=lambda made: made.claimed)
     return _proved(system, [asked, *_within(goal, asked, inside)], norm)
+
+
+def _idle(system: LureSystem) -> NDArray[np.bool_]:
+    """The nonlinearities whose argument is a constant. Their best multiplier is infinite, which keeps a solver from the others."""
+    moves = system.rows.any(axis=1)
+    return np.asarray(~moves if system.rows_error is None else ~(moves | system.rows_error.any(axis=1)))
+
+
+def _with_idle(system: LureSystem, idle: Labels, solve: Callable[[LureSystem, Labels], Solution], norm: float) -> Solution:
+    """The solution without them, and a proof with multipliers for them that are far above the squares of all that they meet."""
+    kept = np.delete(np.arange(system.count), idle)
+    columns, outputs = np.concatenate([np.arange(system.inputs), system.inputs + kept]), np.arange(len(system.output))
+    errors = [None if part is None else part[np.ix_(rows, columns)] for part, rows in ((system.rows_error, kept), (system.output_error, outputs))]
+    found = solve(
+        LureSystem(system.inputs, system.rows[np.ix_(kept, columns)], system.lower[kept], system.upper[kept], system.output[:, columns], *errors), kept
+    )
+    met = float((system.output**2).sum(axis=0).max(initial=0.0)) / (1.0 if norm == 2 else max(found.bound, 1e-100))
+    scale = max(met, float(found.multipliers.max(initial=0.0)) * max(1.0, float((system.rows**2).max(initial=0.0))), 1e-250)
+    proposals = []
+    for large in _LARGE:
+        multipliers = np.full(len(idle) + len(found.multipliers), min(large * scale, 1e300))
+        multipliers[np.delete(np.arange(len(multipliers)), idle)] = found.multipliers * (1 + 1 / large)
+        proposals.append(Proposal(multipliers, found.claimed, found.status, found.iterations, found.gap, found.seconds))
+    return _proved(system, proposals, norm)
 
 
 def _propose(
