@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 import certify
 import lipnet
 from certify.bound import Ball, Everywhere
+from certify.cli import main
 from certify.graph import Graph
 from certify.lipsdp import LipSDP
 from certify.lure import wire
@@ -234,3 +236,19 @@ def test_products_that_vanish_in_float64_are_not_taken_for_zero(norm):
 
 def test_constants_whose_square_is_beyond_float64_are_no_crash():
     assert certify.lipschitz(chain_of([1e200, 1e-200]), LipSDP(), input_shape=(1,)).value >= 1 - 1e-9
+
+
+@pytest.mark.parametrize("change", ["hex", "largest_pair", "failure", "guarantee", "assumptions"])
+def test_check_contradicts_what_a_manifest_says_of_its_bound(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    lipnet.save(net, "net.safetensors", input_shape=(1, 2, 2))
+    np.savez("data.npz", x=np.ones((2, 1, 2, 2), dtype=np.float32), y=np.zeros(2, dtype=np.int64))
+    assert main(["run", "net.safetensors", "data.npz", "-o", "out", "--bound", "lipsdp", "--quiet"]) == 0
+    assert main(["check", "out"]) == 0
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    changes = {"hex": "0x1p-9", "largest_pair": 1e-9, "failure": 0.5, "guarantee": "estimate", "assumptions": []}
+    (manifest["bound"] if change in manifest["bound"] and change != "assumptions" else manifest)[change] = changes[change]
+    path.write_text(json.dumps(manifest))
+    assert main(["check", "out"]) == 4
