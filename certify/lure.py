@@ -166,6 +166,7 @@ class Lowering:
         values: dict[torch.fx.Node, Any] = {}
         leaves: list[tuple[str, int, int]] = []
         scales: list[tuple[int, int, float]] = []
+        self.check_memory()
         for node in self.graph.trace.nodes:
             before = self.wiring.count, len(self.hints)
             if node.op == "placeholder":

@@ -252,3 +252,8 @@ def test_check_contradicts_what_a_manifest_says_of_its_bound(change, tmp_path, m
     (manifest["bound"] if change in manifest["bound"] and change != "assumptions" else manifest)[change] = changes[change]
     path.write_text(json.dumps(manifest))
     assert main(["check", "out"]) == 4
+
+
+def test_inputs_beyond_the_memory_are_refused_before_a_matrix_is_made():
+    with pytest.raises(certify.CertifyError, match="for the 3000001 signals that it has met so far"):
+        wire(Graph.of(nn.Sequential(nn.ReLU()).eval(), (3_000_000,)), Everywhere())
