@@ -41,6 +41,7 @@ _reasons: dict[type[nn.Module], str] = {
     lipnet.L2Pool2d: "an l2 norm of a block is neither elementwise nor a sorting; take --method layerwise, or another pool",
 }
 _SUMS = (operator.add, torch.add)
+_ARITHMETIC = (*_SUMS, "add", operator.sub, torch.sub, "sub")
 _ROOM = 1e-7
 _SHARE = 0.5  # of the machine's memory
 _LOOKED_AT = 2**24  # entries of a layer's matrix
@@ -98,7 +99,41 @@ def problems_of(graph: Graph) -> list[Problem]:
         elif node.op in ("call_function", "call_method") and node.name in graph.shapes and node.target not in _operators:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
             found.append(Problem(node.name, str(name), "has no form as linear maps and scalar nonlinearities here; take --method layerwise"))
-    return found
+        elif node.target in _ARITHMETIC and node.name in graph.shapes and any(_is_size(graph, arg) for arg in node.all_input_nodes):
+            found.append(Problem(node.name, getattr(node.target, "__name__", str(node.target)), "counts with a size of its input; write the number itself"))
+    found += [problem for said in graph.said.values() if isinstance(said, Unsupported) for problem in said.problems]
+    return found or _overwritten(graph)
+
+
+def _is_size(graph: Graph, node: torch.fx.Node) -> bool:
+    return node.op != "get_attr" and node.name not in graph.shapes
+
+
+def _overwritten(graph: Graph) -> list[Problem]:
+    """The nodes that read a signal after a module worked on it in place: what they read is not what the trace says."""
+    reader = _Reader(torch.fx.GraphModule(graph.net, graph.trace))
+    dtype = next((p.dtype for p in graph.net.state_dict().values() if p.is_floating_point()), torch.float32)
+    with torch.no_grad():
+        reader.run(torch.zeros(1, *graph.input_shape, dtype=dtype))
+    why = "reads a signal that another module has overwritten; pass inplace=False there"
+    return [Problem(str(node.target) if node.op == "call_module" else node.name, node.op.removeprefix("call_"), why) for node in reader.late]
+
+
+class _Reader(torch.fx.Interpreter):
+    """Finds the nodes whose arguments changed since they were made; all views of a tensor share its count of changes."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.versions: dict[torch.fx.Node, int] = {}
+        self.late: list[torch.fx.Node] = []
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if any(self.env[arg]._version != self.versions[arg] for arg in n.all_input_nodes if arg in self.versions):
+            self.late.append(n)
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.versions[n] = value._version
+        return value
 
 
 def _module_problems(module: nn.Module) -> list[Problem]:
@@ -154,13 +189,17 @@ class Lowering:
         values: dict[torch.fx.Node, Any] = {}
         leaves: list[tuple[str, int, int]] = []
         scales: list[tuple[int, int, float]] = []
+        self.check_memory()
         for node in self.graph.trace.nodes:
             before = self.wiring.count, len(self.hints)
             if node.op == "placeholder":
                 values[node] = Wire(self.wiring.input(), self.graph.input_shape)
             elif node.op == "call_module":
                 self.path, self.leaf = str(node.target), self.graph.module(node)
-                values[node] = self.module(self.graph.module(node), values[node.all_input_nodes[0]])
+                try:
+                    values[node] = self.module(self.leaf, values[node.all_input_nodes[0]])
+                except Unsupported as error:
+                    raise Unsupported([dataclasses.replace(problem, where=self.path) for problem in error.problems]) from None
                 leaves.append((str(node.target), before[0], self.wiring.count))
                 said = self.graph.said[node]
                 scales.append((before[1], len(self.hints), said.value if isinstance(said, Bound) else math.inf))
@@ -184,7 +223,7 @@ class Lowering:
             for k in reversed(range(first, last)):
                 parts[k] = parts[k] * later * (1 + _ROOM / 2)
                 later *= 1 + _ROOM
-            later *= constant**2
+            later *= constant * constant
         whole = np.concatenate([np.zeros(0), *parts])
         return whole if len(whole) == self.wiring.count and np.isfinite(whole).all() else None
 
@@ -332,7 +371,7 @@ def _(self: Lowering, layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d, x: Wire
         matrix = _answers(unbiased, x.shape)
     kernel = np.concatenate([as_float64(layer.weight).ravel(), np.zeros(1)])
     if not np.isin(matrix, kernel).all():
-        raise _refuse(layer, "meets a pixel with several of its taps (an image smaller than the kernel, with circular padding); take larger images")
+        raise _refuse(layer, "meets a pixel with several of its taps (reflect or replicate padding, or circular on a small image); pad by a module before it")
     bias = None if layer.bias is None else np.repeat(as_float64(layer.bias), math.prod(made[1:]))
     return self.linear(matrix, x, tuple(made), bias)
 
@@ -417,6 +456,8 @@ def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """A border of constants: rows of zeros, and the constants."""
     zeros = torch.zeros(1, *x.shape, dtype=torch.float64)
     constant = module(zeros)[0]
+    if not torch.isfinite(constant).all():
+        raise _refuse(module, "pads with NaN or infinity; take a finite number")
     matrix = _answers(lambda part: module(part) - constant, x.shape)
     return self.linear(matrix, x, tuple(constant.shape), constant.flatten().numpy())
 
@@ -483,6 +524,8 @@ def _(self: Lowering, module: nn.MaxPool2d, x: Wire) -> Wire:
         for across in columns:
             inside = [i * width + j for i in down if 0 <= i < height for j in across if 0 <= j < width]
             windows.append((inside + inside[:1] * taps[0] * taps[1])[: taps[0] * taps[1]])
+    if not all(windows):
+        raise _refuse(module, "has windows with nothing but padding in them, which give -infinity; take less padding or dilation")
     one = np.array(windows, dtype=np.int64)
     groups = (np.arange(x.shape[0])[:, None, None] * height * width + one).reshape(-1, one.shape[1])
     before = self.wiring.count

@@ -43,7 +43,7 @@ def slopes(module: nn.Module) -> Slopes | None:
 _SHAPES: dict[type[nn.Module], Callable[..., scalar.Activation]] = {
     nn.ReLU: lambda _: scalar.RELU,
     nn.ReLU6: lambda _: scalar.clamp(0.0, 6.0),
-    nn.Hardtanh: lambda m: scalar.clamp(float(m.min_val), float(m.max_val)),
+    nn.Hardtanh: lambda m: scalar.clamp(float(m.min_val), float(m.max_val)) if math.isfinite(m.min_val - m.max_val) else scalar.Sloped(0.0, 1.0),
     nn.LeakyReLU: lambda m: scalar.leaky_relu(float(m.negative_slope)),
     nn.Tanh: lambda _: scalar.TANH,
     nn.Sigmoid: lambda _: scalar.SIGMOID,

@@ -25,6 +25,7 @@ Labels = NDArray[np.int64]
 OWN = ("newton", "first-order", "split", "closed-form", "rescaled")
 _PART = 400  # signals of a part of a network that is split
 MULTIPLIERS = ("neuron", "layer")
+_LARGE = (1e9, 1e12, 1e7)  # multipliers of nonlinearities that do not move
 _BLENDS = (1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.3)  # towards multipliers that are well inside the cone
 
 
@@ -117,17 +118,19 @@ def _alive(system: LureSystem) -> NDArray[np.bool_]:
 
 def _with_dead(system: LureSystem, inner: Solution, alive: NDArray[np.bool_], norm: float) -> Solution:
     """A solution of the nonlinearities that can change as one of all. The others get multipliers that are large beside those of all that they lead to."""
-    began = time.perf_counter()
     count = int(alive.sum())
-    whole = np.zeros(system.count)
-    whole[alive] = inner.multipliers[:count]
-    columns, outputs = system.rows[:, system.inputs :], (system.output[:, system.inputs :] ** 2).sum(axis=0)
-    for j in np.flatnonzero(~alive)[::-1] if system.is_explicit else np.flatnonzero(~alive):
-        weights = np.where(alive, 2.0**30, 2.0**10) * whole
-        whole[j] = 2.0**30 * (1 + float(outputs[j])) + float(weights @ columns[:, j] ** 2)
-    whole = np.concatenate([whole, inner.multipliers[count:]])
-    bound = prove(system, whole, norm)
-    return dataclasses.replace(inner, bound=bound, multipliers=whole, proof_seconds=inner.proof_seconds + time.perf_counter() - began)
+    columns = system.rows[:, system.inputs :]
+    outputs = (system.output[:, system.inputs :] ** 2).sum(axis=0) / (1.0 if norm == 2 else max(inner.bound, 1e-100))
+    dead, proposals = np.flatnonzero(~alive)[:: -1 if system.is_explicit else 1], []
+    for large in _LARGE:
+        whole = np.zeros(system.count)
+        whole[alive] = inner.multipliers[:count] * (1 + 1 / large)
+        for j in dead:
+            weights = np.where(alive, large, 2.0**10) * whole
+            whole[j] = min(large * (1e-250 + float(outputs[j])) + float(weights @ columns[:, j] ** 2), 1e300)
+        multipliers = np.concatenate([whole, inner.multipliers[count:] * (1 + 1 / large)])
+        proposals.append(Proposal(multipliers, inner.claimed, inner.status, inner.iterations, inner.gap, inner.seconds))
+    return _proved(system, proposals, norm)
 
 
 def _propose(

@@ -157,9 +157,10 @@ class _State:
 
 def _steps(program: Barrier, state: _State, labels: Labels, first: Labels, guarded: NDArray[np.bool_]) -> tuple[Array, Array, Callable[[float], float]] | None:
     """The Newton step is `b - tau a` in (rho, t): a, b and the decrement as a function of tau."""
-    gradient, hessian = program.derivatives(state.factor)
-    spread = np.concatenate([[0], 1 + labels])
-    gradient, hessian = _grouped(gradient, spread), _grouped(_grouped(hessian, spread).T, spread)
+    with np.errstate(over="ignore", invalid="ignore"):  # at a constant of 0 rho falls for ever; what is not finite is refused below
+        gradient, hessian = program.derivatives(state.factor)
+        spread = np.concatenate([[0], 1 + labels])
+        gradient, hessian = _grouped(gradient, spread), _grouped(_grouped(hessian, spread).T, spread)
     multipliers, diagonal = state.multipliers[first[guarded]], 1 + np.flatnonzero(guarded)
     gradient[diagonal] += 1 / multipliers
     hessian[diagonal, diagonal] += 1 / multipliers**2

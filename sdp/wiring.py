@@ -16,6 +16,7 @@ from sdp.proof import UNIT, gamma
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
 _UP = 1 + 2.0**-40  # covers the roundings in the error terms themselves
+_TINY = 2.0**-1000  # more than what underflow can take from a sum of products
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,9 +122,9 @@ class Wiring:
         else:
             rows = matrix @ signal.rows
             rows_error = (gamma(terms) * (size @ np.abs(signal.rows)) + size @ signal.error * (1 + gamma(terms))) * _UP
-            rows_error[rows_error > 0] += 2.0**-1000
+            rows_error[(rows_error > 0) | _may_vanish(matrix, signal.rows, signal.error)] += _TINY
         offset = matrix @ signal.offset
-        offset_error = (gamma(terms) * (size @ np.abs(signal.offset)) + size @ signal.offset_error * (1 + gamma(terms))) * _UP
+        offset_error = (gamma(terms) * (size @ np.abs(signal.offset)) + size @ signal.offset_error * (1 + gamma(terms))) * _UP + _TINY
         if error is not None and error.any():
             rows_error = rows_error + error @ (np.abs(signal.rows) + signal.error) * (1 + gamma(terms)) * _UP
             offset_error = offset_error + error @ (np.abs(signal.offset) + signal.offset_error) * (1 + gamma(terms)) * _UP
@@ -251,9 +252,16 @@ def _scaled(signal: Signal, factors: Array, errors: Array) -> Signal:
     def scaled(value: Array, known: Array) -> tuple[Array, Array]:
         f, e, u = (part.reshape(-1, *([1] * (value.ndim - 1))) for part in (factors, errors, rounding))
         made = f * value
-        return made, (np.abs(f) * known + e * (np.abs(value) + known) + u * np.abs(made)) * _UP
+        vanishes = (np.abs(made) < _TINY) & ((f != 0) | (e != 0)) & ((value != 0) | (known != 0))
+        return made, (np.abs(f) * known + e * (np.abs(value) + known) + u * np.abs(made)) * _UP + np.where(vanishes, _TINY, 0.0)
 
     return Signal(*scaled(signal.rows, signal.error), *scaled(signal.offset, signal.offset_error))
+
+
+def _may_vanish(*factors: Array) -> bool:
+    """Whether products of the first with the others may be too small for float64."""
+    least = [float(np.abs(part).min(where=part != 0, initial=1.0)) for part in factors]
+    return least[0] * min(least[1:]) < _TINY
 
 
 def _selects(rows: Array) -> bool:

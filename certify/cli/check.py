@@ -302,9 +302,17 @@ def _finished(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> list[s
 
 
 def _bound_differences(manifest: Mapping[str, Any], proved: Bound) -> list[str]:
-    """The stored bound may be larger than the proved one, never smaller."""
+    """The stored bound may be larger than the proved one, never smaller; what is said of it is the same."""
     stored, norm = lookup(manifest, "bound", "value"), f"{proved.norm[0]:g}"
     wrong = [] if manifest["norm"] == norm else [f"the manifest has radii in l{manifest['norm']}, the proof gives them in l{norm}"]
+    told = {"guarantee": "proof", "failure": 0.0, "assumptions": sorted(assumption.name for assumption in proved.assumptions)}
+    wrong += [f"the manifest has {name} {manifest.get(name)!r}, the proof has {value!r}" for name, value in told.items() if manifest.get(name) != value]
+    exactly, pair = lookup(manifest, "bound", "hex"), lookup(manifest, "bound", "largest_pair")
+    if isinstance(stored, float) and exactly != stored.hex():
+        wrong.append(f"the stored Lipschitz bound is {stored} and, in hexadecimal, {exactly}")
+    least = None if proved.pairs is None else float(proved.pairs.max()) * (1 - _TOLERANCE)
+    if pair is not None and (least is None or not (isinstance(pair, float | int) and pair >= least)):
+        wrong.append(f"the stored bound of two outputs is {pair!r}, the proof gives {least!r}")
     if isinstance(stored, float | int) and stored >= proved.value * (1 - _TOLERANCE):
         return wrong
     return [*wrong, f"the stored Lipschitz bound is {stored}, the proof gives {proved.value!r}"]

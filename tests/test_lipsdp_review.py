@@ -1,0 +1,259 @@
+"""LipSDP against the networks themselves: what a wiring computes, in-place modules, sizes, windows of padding, dead neurons."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import special
+from tables import ACTIVATIONS, LAYERS
+from torch import nn
+
+import certify
+import lipnet
+from certify.bound import Ball, Everywhere
+from certify.cli import main
+from certify.graph import Graph
+from certify.lipsdp import LipSDP
+from certify.lure import wire
+
+BY_NAME = {
+    "relu": lambda v: np.maximum(v, 0),
+    "abs": np.abs,
+    "tanh": np.tanh,
+    "sigmoid": special.expit,
+    "leaky_relu": lambda v, slope: np.where(v > 0, v, slope * v),
+    "clamp": np.clip,
+    "silu": lambda v: v * special.expit(v),
+    "gelu": lambda v: v * special.ndtr(v),
+}
+KINDS = {
+    "input": lambda of, numbers, x: x,
+    "linear": lambda of, numbers, x: numbers["matrix"] @ of[0],
+    "shift": lambda of, numbers, x: of[0] + numbers["offset"],
+    "scale": lambda of, numbers, x: numbers["factor"] * of[0],
+    "add": lambda of, numbers, x: of[0] + of[1],
+    "pick": lambda of, numbers, x: of[0][numbers["which"]],
+    "join": lambda of, numbers, x: np.concatenate(of),
+}
+REFUSED = ("fourier", "l2-pool")
+
+
+def run_again(wired, x, unnamed=None):  # (signals, samples)
+    """The steps of a wiring, with the functions themselves in place of their slopes; where a function is affine, it is its slope and intercept."""
+    made = []
+    for step in wired.wiring.steps:
+        of, numbers = [made[k] for k in step.of], {name: part if part.ndim > 1 or name == "which" else part[:, None] for name, part in step.numbers.items()}
+        if step.what == "nonlinear":
+            word, *ends = step.name.rstrip(")").replace("(", ",").split(",")
+            value = BY_NAME[word](of[0], *map(float, ends)) if word in BY_NAME else unnamed(of[0])
+            affine, line = (numbers["lower"] == numbers["upper"])[:, 0], numbers["lower"] * of[0] + numbers["intercept"]
+            np.testing.assert_allclose(line[affine], value[affine], rtol=1e-9, atol=1e-9)
+        else:
+            value = KINDS[step.what](of, numbers, x)
+        made.append(value)
+    return made[wired.output.number]
+
+
+@torch.no_grad()
+def assert_same(net, shape, unnamed=None, radius=None):
+    """A wiring, everywhere or on a ball, computes what the frozen network computes in float64."""
+    graph, generator = Graph.of(net.eval(), shape), torch.Generator().manual_seed(0)
+    inputs = 3 * torch.randn(8, *shape, generator=generator, dtype=torch.float64)
+    if radius is not None:
+        inputs = inputs[:1] + radius * (2 * torch.rand(8, *shape, generator=generator, dtype=torch.float64) - 1)
+    wired = wire(graph, Everywhere() if radius is None else Ball((inputs.amin(0) / 2 + inputs.amax(0) / 2).numpy(), radius, math.inf))
+    theirs = graph.double(inputs.clone()).flatten(1).numpy().T
+    ours = run_again(wired, inputs.flatten(1).numpy().T, unnamed)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9 * (1 + np.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("radius", [None, 0.1])
+@pytest.mark.parametrize("row", [row for row in LAYERS if not row.name.startswith(REFUSED)], ids=str)
+def test_a_wiring_computes_what_the_layer_computes(row, radius):
+    torch.manual_seed(0)
+    net = row.make()
+
+    def itself(v):  # the only layer whose nonlinearity has no name
+        return net.double()(torch.from_numpy(v.T.reshape(-1, *row.shape))).flatten(1).numpy().T
+
+    assert_same(net, row.shape, itself, radius)
+
+
+@pytest.mark.parametrize("radius", [None, 0.1])
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_a_wiring_computes_what_the_activation_computes(activation, radius):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), activation, nn.Linear(6, 3))
+    assert_same(net, (4,), lambda v: activation(torch.from_numpy(v)).numpy(), radius)
+
+
+class Mixed(nn.Module):
+    """Shared modules, numbers and tensors on both sides, a size in a reshape."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.again, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.act, self.shift = nn.ReLU(), nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        h = self.act(self.again(self.act(self.again(self.inner(x.view(x.shape[0], -1))))))
+        return self.head(self.shift - 0.3 * h.abs() + (1.5 - torch.tanh(self.inner(x))).neg() - self.act(self.shift + h))
+
+
+NETS = {
+    "conv1d": (lambda: nn.Sequential(nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), nn.ReLU(), nn.BatchNorm1d(6)), (4, 9)),
+    "conv2d": (lambda: nn.Sequential(nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), 2), nn.LeakyReLU(-0.3)), (4, 6, 7)),
+    "same": (lambda: nn.Sequential(nn.Conv2d(2, 3, (1, 3), padding="same", dilation=2), nn.BatchNorm2d(3), nn.SiLU()), (2, 5, 6)),
+    "circular": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="circular"), nn.GELU()), (2, 5, 6)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 2, 3, 2, 1, 1, 2, dilation=2), lipnet.MaxMin("halves")), (4, 3, 4)),
+    "average": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), nn.AdaptiveAvgPool2d((5, 2))), (2, 6, 7)),
+    "divisor": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, divisor_override=2), nn.Hardtanh(-0.2, 0.7)), (2, 6, 7)),
+    "largest": (lambda: nn.Sequential(nn.MaxPool2d(2, 3, 1, dilation=2, ceil_mode=True), nn.ReLU6(inplace=True)), (2, 6, 7)),
+    "pads": (lambda: nn.Sequential(nn.ConstantPad2d((1, -1, 0, 2), 3.5), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.CircularPad2d(1)), (1, 4, 4)),
+    "shuffle": (lambda: nn.Sequential(nn.PixelShuffle(2), nn.Flatten(), nn.Unflatten(1, (6, 8)), nn.Linear(8, 3), nn.Tanh()), (4, 3, 4)),
+    "sorts": (lambda: nn.Sequential(nn.Conv2d(1, 10, 2), lipnet.GroupSort(5), lipnet.Householder(10)), (1, 4, 3)),
+    "inside": (lambda: nn.Sequential(lipnet.LDLTConv2d(2, 3, (5,), stride=2, activation=nn.ReLU(inplace=True)), nn.Flatten()), (2, 4, 4)),
+    "half-line": (lambda: nn.Sequential(nn.Linear(3, 4), nn.Hardtanh(0.0, math.inf), nn.Linear(4, 2)), (3,)),
+    "mixed": (Mixed, (3,)),
+}
+
+
+@pytest.mark.parametrize("radius", [None, 0.1])
+@pytest.mark.parametrize("name", NETS)
+def test_a_wiring_computes_what_the_network_computes(name, radius):
+    torch.manual_seed(0)
+    net, shape = NETS[name][0](), NETS[name][1]
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.01, 3)
+    assert_same(net, shape, lambda v: np.maximum(v, 0), radius)  # the half line
+
+
+class InPlace(nn.Module):
+    """`x -> head(relu(h))` where the relu works in place on h, whose other reader sees its work."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.inner, self.act, self.head = how, nn.Linear(1, 2, bias=False), nn.ReLU(inplace=True), nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            self.inner.weight.copy_(torch.tensor([[1.0], [-1.0]]))
+            self.head.weight.fill_(1.0)
+
+    def forward(self, x):
+        h = self.inner(x)
+        if self.how == "chain":
+            return self.head(self.act(h))
+        if self.how == "unused":
+            self.act(h)
+            return self.head(h)
+        if self.how == "view":
+            self.act(h.view(-1, 2))
+            return self.head(h)
+        return self.head(0.01 * self.act(h) + h)  # "skip"
+
+
+def test_a_module_in_place_on_a_chain_is_what_it_seems():
+    net = InPlace("chain").eval()
+    assert certify.lipschitz(net, LipSDP(), input_shape=(1,)).value >= 1
+
+
+@pytest.mark.parametrize("how", ["unused", "view", "skip"])
+def test_a_signal_that_is_read_after_it_was_overwritten_is_refused(how):
+    """The trace says `head(h)`, of constant 0 or 0.01, and torch computes `head(relu(h))`, of constant 1: what was proved was below the truth."""
+    net = InPlace(how).eval()
+    assert (net(torch.ones(1, 1)) - net(torch.zeros(1, 1))).item() >= 1
+    with pytest.raises(certify.Unsupported, match="overwritten; pass inplace=False"):
+        certify.lipschitz(net, LipSDP(), input_shape=(1,))
+    net.act.inplace = False
+    certify.lipschitz(net, LipSDP(), input_shape=(1,))
+
+
+class Sized(nn.Module):
+    def forward(self, x):
+        return torch.relu(x) - x.shape[1]
+
+
+@pytest.mark.parametrize(
+    ("net", "shape", "message"),
+    [
+        (Sized(), (3,), "sub.*counts with a size of its input"),
+        (nn.Sequential(nn.MaxPool2d(2, stride=1, padding=1, dilation=5)), (1, 4, 4), "MaxPool2d at 0: has windows with nothing but padding"),
+        (nn.Sequential(nn.ReLU(), nn.ConstantPad2d(1, -math.inf)), (1, 4, 4), "ConstantPad2d at 1: pads with NaN or infinity"),
+        (nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)), (3,), "has no running statistics"),
+    ],
+)
+def test_what_cannot_be_wired_is_refused_by_its_place(net, shape, message):
+    with pytest.raises(certify.Unsupported, match=message):
+        wire(Graph.of(net.eval(), shape), Everywhere())
+
+
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+def test_neurons_without_weights_cost_nothing(norm):
+    """Their multipliers are best at infinity, which kept Newton's method from the others (bounds twice, from l-infinity five times as large)."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 1)).eval()
+    net[0].weight.data[[3, 7]], net[2].weight.data[5], net[2].weight.data[:, 2] = 0.0, 0.0, 0.0
+    rest = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 1)).eval()
+    rest.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        rest[0].weight[3], rest[0].weight[7], rest[2].weight[5] = 1e-12, 1e-12, 1e-12
+    method = LipSDP(norm=norm, tolerance=1e-6)
+    bound, nearly = (certify.lipschitz(part, method, input_shape=(8,)).value for part in (net, rest))
+    assert bound == pytest.approx(nearly, rel=1e-5)
+    assert certify.lipschitz(net, LipSDP(norm=norm, multipliers="layer"), input_shape=(8,)).value >= bound * (1 - 1e-5)
+
+
+def test_layers_that_are_nothing_but_zeros_have_the_constant_0():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    net[0].weight.data.zero_()
+    for norm in (1, 2, math.inf):
+        for multipliers in ("neuron", "layer"):
+            assert certify.lipschitz(net, LipSDP(norm=norm, multipliers=multipliers), input_shape=(3,)).value < 1e-6
+
+
+def chain_of(numbers):
+    net = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in numbers]).double().eval()
+    for layer, number in zip(net, numbers, strict=True):
+        layer.weight.data.fill_(number)
+    return net
+
+
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+def test_products_that_vanish_in_float64_are_not_taken_for_zero(norm):
+    """The constant is 1; what was proved of the product that had become 0 was 1e-140."""
+    net = chain_of([1e-150] * 3 + [1e150] * 3)
+    if norm == 2:
+        assert certify.lipschitz(net, LipSDP(), input_shape=(1,)).value >= 1
+        return
+    with pytest.raises(certify.CertifyError, match="no multipliers could be proved"):
+        certify.lipschitz(net, LipSDP(norm=norm), input_shape=(1,))
+
+
+def test_constants_whose_square_is_beyond_float64_are_no_crash():
+    assert certify.lipschitz(chain_of([1e200, 1e-200]), LipSDP(), input_shape=(1,)).value >= 1 - 1e-9
+
+
+@pytest.mark.parametrize("change", ["hex", "largest_pair", "failure", "guarantee", "assumptions"])
+def test_check_contradicts_what_a_manifest_says_of_its_bound(change, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    lipnet.save(net, "net.safetensors", input_shape=(1, 2, 2))
+    np.savez("data.npz", x=np.ones((2, 1, 2, 2), dtype=np.float32), y=np.zeros(2, dtype=np.int64))
+    assert main(["run", "net.safetensors", "data.npz", "-o", "out", "--bound", "lipsdp", "--quiet"]) == 0
+    assert main(["check", "out"]) == 0
+    path = tmp_path / "out" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    changes = {"hex": "0x1p-9", "largest_pair": 1e-9, "failure": 0.5, "guarantee": "estimate", "assumptions": []}
+    (manifest["bound"] if change in manifest["bound"] and change != "assumptions" else manifest)[change] = changes[change]
+    path.write_text(json.dumps(manifest))
+    assert main(["check", "out"]) == 4
+
+
+def test_inputs_beyond_the_memory_are_refused_before_a_matrix_is_made():
+    with pytest.raises(certify.CertifyError, match="for the 3000001 signals that it has met so far"):
+        wire(Graph.of(nn.Sequential(nn.ReLU()).eval(), (3_000_000,)), Everywhere())
