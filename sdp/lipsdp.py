@@ -97,7 +97,12 @@ def lipsdp(
         groups = np.concatenate([groups, np.full(system.inputs, groups.max(initial=-1) + 1)])
     if start is not None:
         inside = _better(goal, inside, start)
-    asked = _propose(reduced, goal, solver, inside, groups, tolerance, seconds, report, descend)
+    try:
+        asked = _propose(reduced, goal, solver, inside, groups, tolerance, seconds, report, descend)
+    except KeyboardInterrupt:  # Newton's method ends by itself with what it has; others leave nothing behind
+        if inside is None:
+            raise
+        asked = Proposal(inside[1], goal.lipschitz(inside[0]), "interrupted", 0, math.inf, 0.0)
     if start is not None and solver == "closed-form":
         asked = min(asked, Proposal(start, goal.lipschitz(goal.smallest_gain(start)), "closed form", 0, math.inf, 0.0), key=lambda made: made.claimed)
     return _proved(system, [asked, *_within(goal, asked, inside)], norm)

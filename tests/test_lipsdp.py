@@ -302,6 +302,20 @@ def test_ctrl_c_proves_what_there_is():
     assert sdp.lipsdp(system).bound * 1.0001 < stopped.bound <= sdp.lipsdp(system, "closed-form").bound * 1.2
 
 
+@pytest.mark.parametrize("solver", ["first-order", "split", "scs"])
+def test_ctrl_c_in_a_solver_that_keeps_nothing_proves_the_closed_form(solver, monkeypatch):
+    system = feed_forward(weights((8, 20, 20, 4), 1))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sdp.lipsdp._propose", interrupt)
+    stopped = sdp.lipsdp(system, solver)
+    monkeypatch.undo()
+    assert stopped.status == "interrupted"
+    assert sdp.lipsdp(system).bound < stopped.bound <= sdp.lipsdp(system, "closed-form").bound * (1 + 1e-9)
+
+
 def test_multipliers_that_are_wrong_in_any_way_never_give_less():
     system = feed_forward(weights((6, 8, 8, 3), 5))
     best, rng = sdp.lipsdp(system), np.random.default_rng(0)
