@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -309,7 +310,7 @@ def test_ctrl_c_in_a_solver_that_keeps_nothing_proves_the_closed_form(solver, mo
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sdp.lipsdp._propose", interrupt)
+    monkeypatch.setattr(sys.modules["sdp.lipsdp"], "_propose", interrupt)
     stopped = sdp.lipsdp(system, solver)
     monkeypatch.undo()
     assert stopped.status == "interrupted"
