@@ -137,7 +137,10 @@ class _Factors:
         """
         slack, raised = self.slack(multipliers), self.slack(self.lift)
         none = self.slack(self.zero)
-        eigenvalues, vectors = np.linalg.eigh(slack.quadratic)
+        try:
+            eigenvalues, vectors = np.linalg.eigh(slack.quadratic)
+        except np.linalg.LinAlgError:  # numbers that overflowed
+            return -math.inf, multipliers, 0.0, np.zeros((self.signals, 1))
         lifts = max(-float(eigenvalues[0]), 0.0) + _LIFTS
         linear = (vectors.T @ slack.linear)[:, None] + (vectors.T @ (raised.linear - none.linear))[:, None] * lifts
         bounds = slack.constant + (raised.constant - none.constant) * lifts - (linear**2 / (eigenvalues[:, None] + lifts)).sum(axis=0)
@@ -215,7 +218,7 @@ class _Factors:
         multipliers, penalty, missing, since, done = self.zero, _FIRST, math.inf, 0, 0
         while done < steps:
             done += 1
-            R = self.solved(R, multipliers, penalty, min(max(1e-8, 1e-2 * missing), 1e-3))
+            R = self.solved(R, multipliers, penalty, min(max(1e-10, 1e-3 * missing), 1e-3))
             values, _ = self.values(R)
             moved = self.moved(multipliers, penalty, values)
             if not (np.isfinite(R).all() and np.isfinite(moved).all()):

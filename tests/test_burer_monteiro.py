@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -50,10 +51,10 @@ def test_the_known_minimum_of_the_relaxation_is_met():
     assert proposal.upper == pytest.approx(-2.722505, abs=1e-4)
 
 
-@pytest.mark.parametrize("block", range(4))
+@pytest.mark.parametrize("block", range(3))
 def test_bounds_are_below_every_value_and_near_those_of_the_interior_point_method(block):
     gaps = []
-    for seed in range(30 * block, 30 * block + 30):
+    for seed in range(25 * block, 25 * block + 25):
         net, region, row, rng = random_case(seed)
         relaxation, combined = margin(net, region, row)
         multipliers = propose(relaxation, *combined).multipliers
@@ -142,11 +143,9 @@ def test_radii_are_those_of_the_interior_point_method(norm):
 
 
 def test_unknown_solvers_are_refused_and_memory_is_less():
-    for solver in ("BM", "", None, ["interior-point"]):
-        with pytest.raises(CertifyError, match="interior-point"):
+    for solver in ("scs", "", None, ["interior-point"]):
+        with pytest.raises(CertifyError, match=rf"'interior-point' or 'burer-monteiro', got solver={re.escape(repr(solver))}"):
             LowRank(solver=solver)
-    with pytest.raises(CertifyError, match="'interior-point' or 'burer-monteiro', got solver='scs'"):
-        LowRank(solver="scs")
     relaxation = relax(network((12, 40, 40, 2), 0), Region(np.full(12, 0.5), 0.4))
     assert 0 < burer_monteiro.memory(relaxation) < lowrank.memory(relaxation) / 4
 
