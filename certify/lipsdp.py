@@ -17,7 +17,7 @@ import sdp
 from certify.bound import Array, Assumption, Bound, Domain, Everywhere
 from certify.errors import CertifyError
 from certify.graph import Graph
-from certify.lure import Wired, wire
+from certify.lure import Wired, check, wire
 from certify.methods import Layerwise, LipschitzMethod
 from certify.rounding import multiply_up, up
 from sdp import LureSystem, Progress, Solution, proof_file
@@ -84,6 +84,7 @@ class LipSDP(LipschitzMethod):
             raise CertifyError(f"the settings of LipSDP are not what it writes: {error}") from None
 
     def bound(self, graph: Graph, domain: Domain) -> Bound:
+        check(graph)
         layers = Layerwise().bound(graph, Everywhere())
         wired = wire(graph, domain)
         found = _Solved(self, wired)

@@ -69,10 +69,18 @@ class Wired:
 
 def wire(graph: Graph, domain: Domain) -> Wired:
     """The network of a graph on a domain. Raises Unsupported that names every module and operation that cannot be seen so, before anything is computed."""
-    problems = problems_of(graph)
-    if problems:
-        raise Unsupported(problems)
+    check(graph)
     return Lowering(graph, domain).run()
+
+
+def check(graph: Graph) -> None:
+    """Raises Unsupported, naming everything that cannot be seen as a system, and CertifyError for what cannot fit, before any norm is computed."""
+    if problems := _of_types(graph):
+        raise Unsupported(problems)
+    nonlinear = (node for node in graph.trace.nodes if node.op == "call_module" and _entry(graph.module(node)) is _elementwise)
+    check_memory(math.prod(graph.input_shape) + sum(math.prod(graph.shapes[node.name]) for node in nonlinear))
+    if problems := problems_of(graph):
+        raise Unsupported(problems)
 
 
 def memory(signals: int) -> int:
@@ -91,7 +99,12 @@ def signals_of(graph: Graph) -> int | None:
 
 
 def problems_of(graph: Graph) -> list[Problem]:
-    """What keeps a network from being a system of scalar nonlinearities."""
+    """What keeps a network from being a system of scalar nonlinearities: types and operations first, then what the rules refuse, and signals overwritten."""
+    refused = [problem for said in graph.said.values() if isinstance(said, Unsupported) for problem in said.problems] if not _of_types(graph) else []
+    return _of_types(graph) or refused or _overwritten(graph)
+
+
+def _of_types(graph: Graph) -> list[Problem]:
     found = []
     for node in graph.trace.nodes:
         if node.op == "call_module":
@@ -101,8 +114,7 @@ def problems_of(graph: Graph) -> list[Problem]:
             found.append(Problem(node.name, str(name), "has no form as linear maps and scalar nonlinearities here; take --method layerwise"))
         elif node.target in _ARITHMETIC and node.name in graph.shapes and any(_is_size(graph, arg) for arg in node.all_input_nodes):
             found.append(Problem(node.name, getattr(node.target, "__name__", str(node.target)), "counts with a size of its input; write the number itself"))
-    found += [problem for said in graph.said.values() if isinstance(said, Unsupported) for problem in said.problems]
-    return found or _overwritten(graph)
+    return found
 
 
 def _is_size(graph: Graph, node: torch.fx.Node) -> bool:
@@ -296,14 +308,18 @@ class Lowering:
 
     def check_memory(self, more: int = 0) -> None:
         """Refuse before the machine has to."""
-        size = self.wiring.width + 1
-        needed = memory(size) + 8 * more
-        available = int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        if needed > available:
-            raise CertifyError(
-                f"LipSDP needs at least {needed / 2**30:.1f} GiB for the {size} signals that it has met so far, {available / 2**30:.1f} GiB may be used; "
-                "take --method layerwise, or a smaller network"
-            )
+        check_memory(self.wiring.width + 1, more)
+
+
+def check_memory(signals: int, more: int = 0) -> None:
+    """Raises CertifyError, with the estimate, for so many signals and so many more numbers if they do not fit into this machine."""
+    needed = memory(signals) + 8 * more
+    available = int(_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if needed > available:
+        raise CertifyError(
+            f"LipSDP needs at least {needed / 2**30:.1f} GiB for the {signals} signals that it has met so far, {available / 2**30:.1f} GiB may be used; "
+            "take --method layerwise, --method frequency for convolutions, or a smaller network"
+        )
 
 
 def region_of(domain: Domain, shape: Shape) -> Region | None:

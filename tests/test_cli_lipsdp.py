@@ -285,3 +285,30 @@ def test_the_first_order_method_by_torch_is_that_of_numpy(network):
     bounds = [sdp.prove(system, chain.spread(parts)) for parts in (ours, theirs)]
     assert bounds == pytest.approx([value, other], rel=1e-6)
     assert certify.lipschitz(network, certify.LipSDP(solver="first-order", pairs=False), input_shape=SHAPE).value <= value * (1 + 1e-6)
+
+
+OWN = {
+    "sandwich": lambda: lipnet.SandwichLinear(7, 9), "bro": lambda: lipnet.BROLinear(8, 8), "ldlt": lambda: lipnet.LDLTBlock(6, 5, (8, 7)),
+    "gershgorin": lambda: lipnet.GershgorinBlock(4, 4, (8,)), "sll": lambda: lipnet.SLLLinear(6, 9), "cpl": lambda: lipnet.CPLLinear(6, 9),
+    "maxmin": lambda: nn.Sequential(lipnet.BROLinear(8, 8), lipnet.MaxMin(), lipnet.BROLinear(8, 8)), "householder": lambda: lipnet.Householder(8),
+    "groupsort": lambda: lipnet.GroupSort(4), "sll conv": lambda: lipnet.SLLConv2d(2, 3), "bro conv": lambda: lipnet.BROConv2d(2, 2),
+}  # fmt: skip
+
+
+SIZES = {"sandwich": 7, "ldlt": 6, "gershgorin": 4, "sll": 6, "cpl": 6}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_layers_that_are_1_lipschitz_by_construction_are_found_to_be(name):
+    torch.manual_seed(0)
+    layer = OWN[name]().double().eval()
+    shape = (2, 4, 4) if "conv" in name else (SIZES.get(name, 8),)
+    assert certify.lipschitz(layer, certify.LipSDP(pairs=False), input_shape=shape).value <= 1 + 1e-6
+    assert sdp.lipsdp(wire(Graph.of(layer, shape), certify.Everywhere()).system).bound <= 1 + 1e-6
+
+
+def test_what_cannot_fit_is_refused_before_any_norm_is_computed(monkeypatch):
+    monkeypatch.setattr("certify.graph.Graph.bounds", None)
+    net = nn.Sequential(nn.Flatten(), nn.ReLU()).eval()
+    with pytest.raises(CertifyError, match="LipSDP needs at least"):
+        certify.lipschitz(net, certify.LipSDP(), input_shape=(3, 400, 400))

@@ -255,5 +255,5 @@ def test_check_contradicts_what_a_manifest_says_of_its_bound(change, tmp_path, m
 
 
 def test_inputs_beyond_the_memory_are_refused_before_a_matrix_is_made():
-    with pytest.raises(certify.CertifyError, match="for the 3000001 signals that it has met so far"):
+    with pytest.raises(certify.CertifyError, match="for the 6000000 signals that it has met so far"):
         wire(Graph.of(nn.Sequential(nn.ReLU()).eval(), (3_000_000,)), Everywhere())
