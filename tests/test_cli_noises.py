@@ -82,7 +82,7 @@ def test_run_resume_report_and_check(nets, tmp_path, capsys, kind):
     assert ("FLOAT_NOISE" in manifest["assumptions"]) != exact
     assert (manifest["smoothing"]["distance"] > 0) == exact
     assert run(nets, out, name, shape, *options) == 0  # there is nothing left to do
-    assert main(["check", str(out)]) == 0
+    assert main(["check", str(out), "--model", nets]) == 0
     assert "4 rows computed again from their counts, 0 contradictions" in capsys.readouterr().out
     assert main(["convert", str(out), "--to", "cohen", "-o", str(tmp_path / "c.tsv")]) == (0 if norm in ("2", "inf") else 2)
     assert main(["report", str(out), "--tsv", str(tmp_path / "r.tsv"), "--html", str(tmp_path / "r.html")]) == (0 if norm in ("2", "inf") else 2)
@@ -99,7 +99,7 @@ def changed(out, tmp_path, old, new, also=()):
     for path in [out / "manifest.json", *(out.glob("part-*") if also else ())]:
         path.write_text(path.read_text().replace(old, new))
     assert (out / "manifest.json").read_text() != text
-    return main(["check", str(out)])
+    return main(["check", str(out), "--model", json.loads(text)["model"]["spec"]])
 
 
 @pytest.mark.parametrize(("old", "new"), [("Brightness(sigma=0.2)", "Brightness(sigma=0.4)"), ("Brightness(sigma=0.2)", "Gaussian(sigma=0.2)")])

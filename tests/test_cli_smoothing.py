@@ -633,7 +633,7 @@ def test_a_network_that_answers_nan_certifies_nothing(tmp_path, capsys):
     out = tmp_path / "a"
     assert main(["run", f"{tmp_path}/nets.py:nan", "digits", "--input-shape", "64", "-o", str(out), *SETTING, "--n", "400", "--limit", "4"]) == 0
     assert all(json.loads(line)["status"] == "abstained" for line in results(out).splitlines())
-    assert main(["check", str(out)]) == 0
+    assert main(["check", str(out), "--model", f"{tmp_path}/nets.py:nan"]) == 0
 
 
 def test_the_manifest_names_all_that_the_numbers_depend_on(small):
