@@ -278,6 +278,49 @@ def test_a_certificate_that_is_too_large_is_a_contradiction(folders, norm, capsy
     assert "Contradiction: input" in (tmp_path / "r.html").read_text()
 
 
+def test_which_rows_contradict_each_other():
+    from certify.report import Run
+    from certify.report.sandwich import all_contradictions
+
+    same = {"norm": "2", "model": {"sha256": "m", "spec": "here"}, "data": {"sha256": "d"}}
+    ours = {"index": 3, "label": 1, "prediction": 1, "guarantee": "proof", "status": "certified", "radius": 0.5}
+    theirs = {**ours, "guarantee": "attack", "status": "attacked"}
+    for change, attack, count in (
+        ({}, {"radius": 0.5}, 0),
+        ({}, {"radius": 0.5 * (1 - 1e-7)}, 0),
+        ({}, {"radius": 0.499}, 1),
+        ({}, {"radius": 0.1, "index": 4}, 0),
+        ({"radius": math.inf}, {"radius": 1e9}, 1),
+        ({"radius": 0.0}, {"radius": 0.1, "prediction": 2}, 0),  # nothing is certified
+        ({"status": "misclassified", "prediction": 2}, {"status": "misclassified", "prediction": 2, "radius": 0.0}, 0),  # the same wrong class, not attacked
+        ({"status": "misclassified", "prediction": 2}, {"radius": 0.6}, 1),  # two predictions of one network
+        ({}, {"status": "survived", "radius": None}, 0),
+        ({"radius": math.nan}, {"radius": 0.1}, 0),  # which certify check finds
+    ):
+        runs = [Run("a", {**same, "guarantee": "attack", "model": {"sha256": "m", "spec": "there"}}, [{**theirs, **attack}])]
+        runs.append(Run("b", {**same, "guarantee": "proof"}, [{**ours, **change}]))
+        assert len(all_contradictions(runs)) == count, (change, attack)
+        for other in ({"norm": "inf"}, {"model": {"sha256": "m", "mean": [0.5]}}, {"data": {"sha256": "e"}}, {"guarantee": "probabilistic"}, {"model": {}}):
+            assert all_contradictions([runs[0], Run("b", {**same, "guarantee": "proof", **other}, runs[1].rows)]) == []
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_images_and_two_classes_within_the_range(norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 2)).eval()
+    x = torch.rand(4, 2, 4, 4)
+    free, kept = (certify.falsify(net, x, certify.PGD(norm=norm, clip=clip)) for clip in (False, True))
+    assert any(found.point is not None for found in kept)
+    for one, other, image in zip(free, kept, x.double().numpy(), strict=True):
+        assert one.distance.value <= other.distance.value * 1.01
+        for found in (one, other):
+            if found.point is not None:
+                assert found.distance.value == distance(found.point, image, norm)
+                z = lipnet.freeze(net).double()(torch.from_numpy(found.point)[None])
+                assert int(z.argmax()) == found.other != found.prediction
+        assert other.point is None or (other.point.min() >= 0 and other.point.max() <= 1)
+
+
 def test_a_certifier_that_is_wrong_is_found_by_attacks(model, folders, tmp_path, monkeypatch, capsys):
     """The proof is broken, so proving again agrees with it: only the attack can tell."""
     true = certify.Margin._constants
@@ -330,6 +373,11 @@ def test_what_cannot_be_compared_is_refused(model, folders, tmp_path, capsys):
         assert main(["check", first, "--against", second]) == 2
         assert says in capsys.readouterr().err
     assert main(["report", smoothed, attacked]) == 0  # side by side, and not compared
+    log = tmp_path / "log.tsv"
+    assert main(["report", smoothed, "--tsv", str(log)]) == 0
+    assert main(["convert", str(log), "--from", "cohen", "--sigma", "0.1", "--n", "200", "--alpha", "0.001", "-o", str(tmp_path / "log")]) == 0
+    for first in (log, tmp_path / "log"):
+        assert main(["check", str(first), "--against", attacked]) == 2
 
 
 def test_shards_and_a_resumed_attack_give_the_same_results(model, tmp_path):

@@ -46,7 +46,8 @@ def contradictions(certified: Run, attacked: Run) -> list[str]:
 
 def all_contradictions(runs: Sequence[Run]) -> list[str]:
     """Those of every two of the runs that can be compared."""
-    return [message for one in runs for other in runs if incomparable(one, other) is None for message in contradictions(one, other)]
+    attacks = [run for run in runs if summarize(run, ()).attacked]
+    return [message for one in runs for other in attacks if incomparable(one, other) is None for message in contradictions(one, other)]
 
 
 def _why(row: Mapping[str, Any], attack: Mapping[str, Any]) -> str | None:
