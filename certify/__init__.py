@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from certify import data as data
+    from certify.attack import PGD as PGD
+    from certify.attack import Foolbox as Foolbox
+    from certify.attack import falsify as falsify
     from certify.bound import Assumption as Assumption
     from certify.bound import Ball as Ball
     from certify.bound import Bound as Bound
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from certify.smoothing.mixed import Mixed as Mixed
 
 _HOME = {
+    "Foolbox": "attack", "PGD": "attack", "falsify": "attack",
     "Assumption": "bound", "Ball": "bound", "Bound": "bound", "Box": "bound", "Domain": "bound", "Estimate": "bound", "Everywhere": "bound",
     "Certificate": "certificate",
     "CertifyError": "errors", "StaleBound": "errors", "Unsupported": "errors",

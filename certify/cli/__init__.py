@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("inspect", "lipschitz", "run", "report", "check", "convert")
+COMMANDS = ("inspect", "lipschitz", "run", "attack", "report", "check", "convert")
 
 
 class Exit(enum.IntEnum):
@@ -20,7 +20,7 @@ class Exit(enum.IntEnum):
     GATE = 1  # a --fail-under was not met
     ERROR = 2  # usage, model or data: one sentence says why
     SOME_FAILED = 3  # finished, but some inputs ended in an error
-    CONTRADICTION = 4  # a stored number is not what the proof gives
+    CONTRADICTION = 4  # a stored number is not what the proof gives, or an attack is closer than a certificate
     INTERRUPTED = 130
 
 

@@ -91,11 +91,24 @@ def lipsdp(args: argparse.Namespace, report: Report | None) -> LipSDP:
     )
 
 
-def add_radii(parser: argparse.ArgumentParser) -> None:
-    """--eps and --fail-under."""
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """--limit, --indices and --shard."""
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
+    some.add_argument("--indices", type=indices, metavar="A:B:C", help="these inputs only")
+    parser.add_argument("--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)")
+
+
+def add_eps(parser: argparse.ArgumentParser) -> None:
+    """--eps."""
     parser.add_argument(
         "--eps", type=radii, action="extend", metavar="R,...", help=f"radii of the table, such as 36/255,0.5 (default {','.join(DEFAULT_RADII)})"
     )
+
+
+def add_radii(parser: argparse.ArgumentParser) -> None:
+    """--eps and --fail-under."""
+    add_eps(parser)
     parser.add_argument("--fail-under", type=gate, action="append", default=[], metavar="ACC@R", help="exit with 1 if the certified accuracy at R is below ACC")
 
 

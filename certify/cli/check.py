@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from certify.graph import Graph
     from certify.margins import Margin
     from certify.models import Model
+    from certify.report import Run
     from certify.smoothing.logs import Finding
     from certify.smoothing.method import Smoothing
 
 HELP = "Prove every number of a results folder again, or look for impossible ones in a published log; exit with 4 if one is not what the proof gives."
 EPILOG = """examples:
   certify check runs/demo/sandwich
+  certify check runs/certified --against runs/attacked
   certify check sigma_0.50.tsv --sigma 0.5 --n 100000 --alpha 0.001"""
 
 _TOLERANCE = 1e-6  # relative; the weights of a layer may differ by some 1e-7 when they are computed by another BLAS
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="MODEL", help="where the model is now, if it was moved; the network that a proof should be of")
     add_opening(parser)
     parser.add_argument("--data", metavar="DATA", help="where the data (or the log that a folder was made of) are now, if they were moved")
+    parser.add_argument("--against", metavar="DIR", type=pathlib.Path, help="a folder of certify attack: no attack in it may be closer than a certificate")
     add_setting(parser.add_argument_group("with a published log"))
     add_json(parser)
 
@@ -48,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from certify.errors import CertifyError
     from certify.results import read_manifest, read_rows
 
+    if args.against is not None and args.folder.is_file():
+        raise CertifyError(f"{args.folder}: --against compares a results folder of certify run with one of certify attack, and this is a file")
     if _is_proof(args.folder):
         return _proof_file(args)
     if args.folder.is_file():
@@ -118,6 +123,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
     from certify.cli.console import progress
     from certify.errors import CertifyError
 
+    sides = _sides(args, manifest, rows)
     shape = tuple(manifest["model"]["input_shape"])
     model = load_model(args, manifest["model"])
     dataset = data.load(args.data or manifest["data"]["spec"], _input_shape(manifest, shape))
@@ -129,6 +135,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
             )
     again = _counts if _counted(manifest) else _proof
     again = _relaxations if str(manifest.get("method")).startswith("LowRank(") else again
+    again = _attacks if manifest["guarantee"] == "attack" else again
     known = {
         "model.parameters": model.parameters,
         "model.classes": list(model.classes) if model.classes else None,
@@ -139,6 +146,9 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
     wrong = [f"the manifest has {name} {told[name]!r}, the model and the data have {known[name]!r}" for name in known if told[name] != known[name]]
     with progress(f"check {args.folder}", len(rows)) as advance:
         did, differing = again(manifest, rows, model, dataset, advance)
+    if sides is not None:
+        against, closer = _against(*sides, model, dataset)
+        did, differing = f"{did}; {against}", closer + differing
     return did, wrong + differing, None
 
 
@@ -192,6 +202,53 @@ def _relaxations(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
     return f"{len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
 
 
+def _attacks(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
+    """Each attack by its point: the class that the network gives it, and its distance."""
+    from certify.attack import contradictions
+    from certify.errors import CertifyError
+    from certify.graph import Graph
+
+    if manifest["norm"] not in ("2", "inf") or not isinstance(lookup(manifest, "attack", "clip"), bool):
+        raise CertifyError("the manifest of an attack has the norm 2 or inf, and says whether points were clipped; make the folder again with certify attack")
+    graph, selected, wrong = Graph.of(model.net, model.shape), set(manifest["selection"]), []
+    for row in rows:
+        if row["index"] not in selected or not 0 <= row["index"] < len(dataset):
+            wrong.append(f"input {row['index']} is not among those that were selected")
+        else:
+            wrong += contradictions(graph, dataset, row, manifest["norm"], lookup(manifest, "attack", "clip"), _TOLERANCE)
+        advance(1)
+    return f"{len(rows)} attacks looked at again by their points", wrong
+
+
+def _sides(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[Run, Run] | None:
+    """The certificates and the attacks that they are to be compared with, if any. Raises CertifyError where they say nothing of each other."""
+    from certify.errors import CertifyError
+    from certify.report import Run
+    from certify.report.sandwich import incomparable
+    from certify.results import read_manifest, read_rows
+
+    if args.against is None:
+        return None
+    certified = Run(str(args.folder), manifest, rows)
+    attacked = Run(str(args.against), _needed(args.against, read_manifest(args.against)), read_rows(args.against))
+    why = incomparable(certified, attacked)
+    if why is None and not {row["index"] for row in certified.rows} & {row["index"] for row in attacked.rows}:
+        why = f"{args.folder} and {args.against} have no input in common; attack what was certified"
+    if why is not None:
+        raise CertifyError(why)
+    return certified, attacked
+
+
+def _against(certified: Run, attacked: Run, model: Model, dataset: Dataset) -> tuple[str, list[str]]:
+    """The certificates against the attacks, each of which is looked at again too."""
+    from certify.cli.console import progress
+    from certify.report.sandwich import contradictions
+
+    with progress(f"check {attacked.name}", len(attacked.rows)) as advance:
+        did, wrong = _attacks(attacked.manifest, attacked.rows, model, dataset, advance)
+    return f"compared with {attacked.name}, {did}", [*contradictions(certified, attacked), *(f"{attacked.name}: {each}" for each in wrong)]
+
+
 def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
     """Each certificate from the counts that it claims to follow from. That the counts are those of the model is not looked at."""
     from certify.smoothing.rows import contradictions, differences, method_of, off_grid
@@ -240,6 +297,7 @@ def _log_folder(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Seq
     from certify.errors import CertifyError
     from certify.smoothing.logs import audit, line_of, log_differences, procedure_of, read_log, row_differences
 
+    _sides(args, manifest, rows)  # which refuses: a log is of a smoothed classifier
     procedure = procedure_of(manifest)
     wrong = log_differences(manifest, procedure)
     path = pathlib.Path(args.data or manifest["data"]["spec"])

@@ -21,7 +21,7 @@ Gates = Sequence[tuple[float, str, float]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Folders and where to write."""
-    parser.add_argument("folders", metavar="DIR", nargs="+", type=pathlib.Path, help="results folders of certify run")
+    parser.add_argument("folders", metavar="DIR", nargs="+", type=pathlib.Path, help="results folders of certify run and certify attack")
     parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write one self-contained page")
     parser.add_argument("--tsv", metavar="FILE", type=pathlib.Path, help="write idx, label, predict, radius, correct, time (one folder)")
     add_radii(parser)
@@ -60,6 +60,7 @@ def show(folders: Sequence[pathlib.Path], eps: Radii | None, gates: Gates, as_js
     from certify.cli.console import out, print_json, warn
     from certify.report import as_json as report_json
     from certify.report import print_table, summarize
+    from certify.report.sandwich import all_contradictions
 
     runs, radii = _read(folders), [value for _, value in eps or _default()]
     summaries = [summarize(run, radii) for run in runs]
@@ -70,7 +71,16 @@ def show(folders: Sequence[pathlib.Path], eps: Radii | None, gates: Gates, as_js
         print_json(report_json(summaries, radii))
     elif not quiet:
         print_table(summaries, radii, out())
-    failed = [message for summary in (summarize(run, [gate[2] for gate in gates]) for run in runs) for message in _failed(summary, gates)]
+    contradicted = all_contradictions(runs)
+    for message in contradicted:
+        warn(f"contradiction: {message}")
+    if contradicted:
+        return Exit.CONTRADICTION
+    asked = [summarize(run, [gate[2] for gate in gates]) for run in runs]
+    certifying = [summary for summary in asked if not summary.attacked]
+    failed = [message for summary in certifying for message in _failed(summary, gates)]
+    if gates and not certifying:
+        failed = ["--fail-under is of certified accuracies, and attacks certify nothing; name a folder of certify run too"]
     for message in failed:
         warn(message)
     if failed:

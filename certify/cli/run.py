@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, indices, load_model, radius, shard, shard_here
+from certify.cli.arguments import add_json, add_model, add_radii, add_selection, load_model, radius, shard_here
 from certify.cli.noises import add_noise, given_options, noise_of
 from certify.cli.report import show
 
@@ -44,10 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with noise on its inputs; "
         "lowrank: a small network of linear layers and relu, with a semidefinite relaxation around each input",
     )
-    some = parser.add_mutually_exclusive_group()
-    some.add_argument("--limit", type=int, metavar="N", help="the first N inputs only")
-    some.add_argument("--indices", type=indices, metavar="A:B:C", help="these inputs only")
-    parser.add_argument("--shard", type=shard, metavar="I/N", help="do every N-th input, from the I-th on (default: this rank of torchrun or Slurm)")
+    add_selection(parser)
     parser.add_argument(
         "--bound",
         choices=["layerwise", "lipsdp", "frequency"],
@@ -121,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     dataset = data.load(args.data, shape)
     prepare = {"margin": _margin, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
-    manifest = {**_manifest(model, dataset, _selection(args, len(dataset))), **facts}
+    manifest = {**manifest_of(model, dataset, selection_of(args, len(dataset))), **facts}
     with Folder(args.output, manifest, args.shard or shard_here()) as folder:
         pending = folder.pending()
         with progress(f"certify {args.model}", len(pending)) as advance:
@@ -264,7 +261,7 @@ def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[
     return rows
 
 
-def _selection(args: argparse.Namespace, count: int) -> list[int]:
+def selection_of(args: argparse.Namespace, count: int) -> list[int]:
     """The indices that were asked for. Raises CertifyError when there are none."""
     from certify.errors import CertifyError
 
@@ -280,7 +277,7 @@ def _groups(pending: Sequence[int]) -> Iterator[Sequence[int]]:
         yield pending[start : start + _GROUP]
 
 
-def _manifest(model: Model, dataset: Dataset, selection: list[int]) -> dict[str, Any]:
+def manifest_of(model: Model, dataset: Dataset, selection: list[int]) -> dict[str, Any]:
     """What says which numbers a folder holds, apart from the method."""
     import numpy
     import torch

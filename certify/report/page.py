@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from certify.report.sandwich import all_contradictions
 from certify.report.summary import (
     MISSING,
     Run,
@@ -123,7 +124,7 @@ def html(runs: Sequence[Run], radii: Sequence[float], title: str) -> str:
         statements=_statements(runs, summaries),
         inputs=_inputs(runs),
         measures=measures_text(summary.norm for summary in summaries),
-        notes=notes(summaries),
+        notes=[*notes(summaries), *(f"Contradiction: {message}" for message in all_contradictions(runs))],
         labelled=all(summary.clean is not None for summary in summaries),
         plot=_curves(runs, summaries, radii, reach),
         samples=_samples(runs, reach),
@@ -242,8 +243,8 @@ def _outcomes(run: Run, summary: Summary) -> list[tuple[str, str]]:
         "Guarantee": summary.guarantee + (f", failure {summary.failure:g} per input" if summary.failure else ""),
         "Inputs": f"{summary.count} of {summary.expected}",
         **{status.capitalize(): str(statuses.count(status)) for status in sorted(set(statuses))},
-        "Largest radius": radius_text(max(certified_radii(run), default=None)),
-        "Median radius": radius_text(summary.median_radius),
+        "Largest radius": radius_text(max(certified_radii(run), default=None), summary.attacked),
+        "Median radius": radius_text(summary.median_radius, summary.attacked),
         "Median time per input": _time(statistics.median(seconds)) if seconds else MISSING,
     }
     if bound:
@@ -326,7 +327,12 @@ def _curves(runs: Sequence[Run], summaries: Sequence[Summary], radii: Sequence[f
             axes.step(
                 ends, [100 * share for share in (*shares, shares[-1])], where="post", color=_colour(place), linewidth=2, dashes=_dashes(summary) or (None, None)
             )
-        axes.set(xlim=(0, 1.02 * reach), ylim=(0, 101), xlabel=f"radius ({_axis_norm(summaries)})", ylabel="certified accuracy (%)")
+        axes.set(
+            xlim=(0, 1.02 * reach),
+            ylim=(0, 101),
+            xlabel=f"radius ({_axis_norm(summaries)})",
+            ylabel="accuracy (%)" if any(summary.attacked for summary in summaries) else "certified accuracy (%)",
+        )
         names = ", ".join(summary.name for summary in summaries)
         return _svg(
             figure, "curves", f"Certified accuracy in per cent against radius, one step curve for each of: {names}. The table beside it has the values."
@@ -347,7 +353,8 @@ def _histogram(place: int, run: Run, summary: Summary, reach: float) -> Markup |
         return _svg(
             figure,
             f"radii{place}",
-            f"Histogram of the {len(radii)} certified radii of {summary.name}, from {radius_text(radii[0])} to {radius_text(radii[-1])}",
+            f"Histogram of the {len(radii)} {'attacked' if summary.attacked else 'certified'} radii of {summary.name}, "
+            f"from {radius_text(radii[0])} to {radius_text(radii[-1], summary.attacked)}",
         )
 
 

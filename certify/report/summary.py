@@ -8,7 +8,7 @@ import statistics
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 from certify.text import decimal, down_text, up_text
@@ -40,7 +40,7 @@ class Summary:
     count: int  # rows
     expected: int  # inputs that were selected; more than `count` when the run is not finished
     clean: float | None  # None: the inputs have no labels, or there are no rows
-    certified: tuple[float | None, ...]  # at each radius: right, and certified strictly beyond it
+    certified: tuple[float | None, ...]  # at each radius: right, and certified strictly beyond it; of an attack: right, and no point found within it
     median_radius: float | None
     bound: float | None
     errors: int
@@ -52,6 +52,11 @@ class Summary:
         """Whether the radii are certificates, for sure or with a stated probability: neither attacks, nor estimates, nor of unknown origin."""
         return self.guarantee in GUARANTEES[:2]
 
+    @property
+    def attacked(self) -> bool:
+        """Whether shares and radii are upper bounds, which are rounded up."""
+        return self.guarantee == "attack"
+
 
 def summarize(run: Run, radii: Sequence[float]) -> Summary:
     """The numbers of a run. A row counts at radius eps if its status is certified and its radius is strictly greater than eps."""
@@ -62,15 +67,15 @@ def summarize(run: Run, radii: Sequence[float]) -> Summary:
         name=run.name,
         method=str(lookup(run.manifest, "method") or MISSING),
         guarantee=_guarantee(run),
-        failure=_number(lookup(run.manifest, "failure")),
+        failure=number(lookup(run.manifest, "failure")),
         norm=str(lookup(run.manifest, "norm") or MISSING),
         data=str(lookup(run.manifest, "data", "sha256") or lookup(run.manifest, "data", "spec") or MISSING),
         count=len(run.rows),
         expected=_expected(run),
         clean=sum(map(_right, run.rows)) / len(run.rows) if labelled else None,
         certified=tuple(_share_beyond(certified, radius) if labelled else None for radius in radii),
-        median_radius=_median(certified),
-        bound=_number(lookup(run.manifest, "bound", "value")),
+        median_radius=_median(certified, up=_guarantee(run) == "attack"),
+        bound=number(lookup(run.manifest, "bound", "value")),
         errors=statuses.count("error"),
         abstained=statuses.count("abstained"),
         log=_log(run),
@@ -85,7 +90,10 @@ def curve(run: Run) -> tuple[list[float], list[float]]:
 
 
 def certified_radii(run: Run) -> list[float]:
-    """The radius of every row, in ascending order; 0 for a row that is not certified, or whose prediction is not its label."""
+    """The radius of every row, in ascending order; 0 for a row that is not certified, or whose prediction is not its label.
+
+    Of an attack, the distance that it found; infinite where it found no point. Such a run is never shown as one that certifies.
+    """
     return sorted(_certified_radius(row) for row in run.rows)
 
 
@@ -101,7 +109,7 @@ def notes(summaries: Sequence[Summary]) -> list[str]:
 
 def as_json(summaries: Sequence[Summary], radii: Sequence[float]) -> dict[str, Any]:
     """The summaries for machines: numbers as computed, not rounded; null where a number is missing or not finite."""
-    runs = [{**asdict(summary), "certified": list(summary.certified), "complete": summary.count == summary.expected} for summary in summaries]
+    runs = [_as_json(summary) for summary in summaries]
     return {
         "schema": SCHEMA,
         "radii": list(radii),
@@ -110,18 +118,20 @@ def as_json(summaries: Sequence[Summary], radii: Sequence[float]) -> dict[str, A
     }
 
 
-def percent(share: float | None) -> str:
-    """A share as a percentage, rounded down to 0.1 %: 0.9999 is 99.9 %."""
-    return MISSING if share is None else f"{(decimal(share) * 100).quantize(Decimal('0.1'), ROUND_FLOOR)} %"
+def percent(share: float | None, up: bool = False) -> str:
+    """A share as a percentage, rounded down to 0.1 %: 0.9999 is 99.9 %. With `up`, for upper bounds, rounded up."""
+    return MISSING if share is None else f"{(decimal(share) * 100).quantize(Decimal('0.1'), ROUND_CEILING if up else ROUND_FLOOR)} %"
 
 
-def radius_text(radius: float | None) -> str:
-    """A radius rounded down: to 4 decimals, or to 3 digits if it is below 0.01."""
+def radius_text(radius: float | None, up: bool = False) -> str:
+    """A radius rounded down, or with `up` rounded up: to 4 decimals, or to 3 digits if it is below 0.01."""
     if radius is None:
         return MISSING
     if not math.isfinite(radius) or radius == 0:
         return f"{radius:g}"
-    return str(decimal(radius).quantize(Decimal("0.0001"), ROUND_FLOOR)) if radius >= 0.01 else down_text(radius, 3)
+    if radius >= 0.01:
+        return str(decimal(radius).quantize(Decimal("0.0001"), ROUND_CEILING if up else ROUND_FLOOR))
+    return up_text(radius, 3) if up else down_text(radius, 3)
 
 
 def bound_text(bound: float | None, digits: int = 5) -> str:
@@ -167,8 +177,18 @@ def lookup(manifest: Mapping[str, Any], *keys: str) -> Any:
     return value
 
 
+def _as_json(summary: Summary) -> dict[str, Any]:
+    """The shares of an attack have a name of their own: nobody who looks for certificates may find them."""
+    run = {**asdict(summary), "certified": list(summary.certified), "complete": summary.count == summary.expected}
+    if summary.attacked:
+        run["not_attacked"] = run.pop("certified")
+    return run
+
+
 def _certified_radius(row: Mapping[str, Any]) -> float:
-    radius = _number(row.get("radius"))
+    radius = number(row.get("radius"))
+    if row.get("guarantee") == "attack" and row.get("status") in ("attacked", "survived") and _right(row):
+        return math.inf if row["status"] == "survived" or radius is None else radius
     if row.get("status") != "certified" or radius is None or not radius > 0:
         return 0.0
     wrong = row.get("label") is not None and "prediction" in row and not _right(row)
@@ -190,12 +210,12 @@ def _share_beyond(ordered: Sequence[float], radius: float) -> float:
     return (len(ordered) - bisect_right(ordered, radius)) / max(len(ordered), 1)
 
 
-def _median(ordered: Sequence[float]) -> float | None:
-    """The median; between a number and infinity the number, for half of the rows have no more than that."""
+def _median(ordered: Sequence[float], up: bool) -> float | None:
+    """The median; between a number and infinity the number, for half of the rows have no more than that, or infinity for upper bounds."""
     if not ordered:
         return None
     middle = statistics.median(ordered)
-    return middle if math.isfinite(middle) else statistics.median_low(ordered)
+    return middle if math.isfinite(middle) or up else statistics.median_low(ordered)
 
 
 def _guarantee(run: Run) -> str:
@@ -222,7 +242,10 @@ def _notes_of(summary: Summary) -> list[str]:
         f"{name}: abstained on {summary.abstained} of {count} inputs; they count as not right and not certified.": summary.abstained,
         f"{name}: the inputs have no labels, so there are no accuracies; the radius is that of the prediction, right or wrong.": summary.clean is None,
         f"{name}: {summary.log}": summary.log,
-        f"{name}: guarantee {summary.guarantee}, so nothing is certified; the radii are no lower bounds.": not summary.proved,
+        f"{name}: guarantee {summary.guarantee}, so nothing is certified; the radii are no lower bounds.": not summary.proved and not summary.attacked,
+        f"{name}: an attack, so nothing is certified: shares (right, and no point of another class found within r) and radii are upper bounds.": (
+            summary.attacked
+        ),
     }
     return [sentence for sentence, holds in told.items() if holds]
 
@@ -237,5 +260,6 @@ def _log(run: Run) -> str | None:
     return f"the radii are those of a published log ({named}, sha256 {digest}), as it claims them; nothing was computed again.{against}"
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """A number as a float; None for anything else."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None

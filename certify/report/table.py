@@ -34,8 +34,8 @@ def _columns(summaries: Sequence[Summary], radii: Sequence[float]) -> list[Colum
         ("run", *(plain(summary.name) for summary in summaries)),
         ("guarantee", *(plain(summary.guarantee) for summary in summaries)),
         ("clean", *(percent(summary.clean) for summary in summaries)),
-        *((f"r={radius_label(radius)}", *(percent(summary.certified[place]) for summary in summaries)) for place, radius in enumerate(radii)),
-        ("median r", *(radius_text(summary.median_radius) for summary in summaries)),
+        *((f"r={radius_label(radius)}", *(percent(summary.certified[place], summary.attacked) for summary in summaries)) for place, radius in enumerate(radii)),
+        ("median r", *(radius_text(summary.median_radius, summary.attacked) for summary in summaries)),
         ("Lipschitz", *(bound_text(summary.bound) for summary in summaries)),
     ]
 
