@@ -4,6 +4,7 @@ import collections
 import json
 import os
 import pathlib
+import sys
 import warnings
 
 import numpy as np
@@ -20,7 +21,7 @@ from certify.models.weights import ModelError
 from lipnet.testing import largest_slope
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 helper, numpy_helper = onnx.helper, onnx.numpy_helper
 
 
@@ -109,6 +110,48 @@ def test_onnx_own_tests_of_the_operators_pass_or_are_refused(tmp_path, monkeypat
     assert not wrong
     assert counts["passed"] >= 100
     assert {"Conv", "ConvTranspose", "Gemm", "MatMul", "AveragePool", "MaxPool", "BatchNormalization", "Clip", "Reshape", "Transpose"} <= seen
+
+
+def window(rng, op, axes):
+    """Attributes of a window, at random; at times ones that cannot be."""
+
+    def some(low, high, count=axes):
+        return [int(size) for size in rng.integers(low, high + 1, count)]
+
+    choices = {
+        "strides": some(1, 3), "dilations": some(1, 2), "pads": some(0, 2) * 2, "auto_pad": str(rng.choice(["SAME_UPPER", "SAME_LOWER", "VALID"])),
+    }  # fmt: skip
+    choices |= {"ceil_mode": 1} if op.endswith("Pool") else {"group": 2}
+    choices |= {"count_include_pad": 1} if op == "AveragePool" else {"pads": some(0, 2, 2 * axes)} if rng.random() < 0.5 else {}
+    chosen = {name: value for name, value in choices.items() if rng.random() < 0.4}
+    return {name: value for name, value in chosen.items() if name != "pads" or "auto_pad" not in chosen}
+
+
+def test_windows_of_all_kinds_are_those_of_another_program_or_are_refused(tmp_path, monkeypatch):
+    """By itself: the comparison at the import is switched off here."""
+    from certify.smoothing.engines import onnx_session
+
+    monkeypatch.setattr("certify.models.onnx._compare", lambda *_: (0.0, "nothing"))
+    rng, counts = np.random.default_rng(0), collections.Counter()
+    for i in range(400):
+        op, axes = str(rng.choice(["Conv", "ConvTranspose", "MaxPool", "AveragePool"])), int(rng.integers(1, 4))
+        attributes, taps = window(rng, op, axes), [int(size) for size in rng.integers(1, 5, axes)]
+        group = attributes.get("group", 1)
+        held = {} if op.endswith("Pool") else {"w": normal(4, 4 // group if op == "Conv" else 3, *taps, seed=i)}
+        attributes |= {"kernel_shape": taps} if op.endswith("Pool") else {}
+        nodes = [node(str(rng.choice(["Relu", "Tanh"])), ["x"], ["h"]), node(op, ["h", *held], ["y"], **attributes)]
+        try:
+            path = save(tmp_path / "net.onnx", nodes, [1, 4, *(int(size) for size in rng.integers(4, 9, axes))], held, opset=19)
+            net, x = from_onnx(path), torch.randn(1, 4, *from_onnx(path).input_shape[1:])
+            wanted = onnx_session(path.read_bytes())(x)
+        except (ModelError, onnx.shape_inference.InferenceError):
+            counts["refused"] += 1
+            continue
+        except tuple(vars(onnxruntime.capi.onnxruntime_pybind11_state)[name] for name in ("Fail", "InvalidArgument", "NotImplemented", "RuntimeException")):
+            continue  # it has no such window
+        torch.testing.assert_close(net.net(x), wanted, rtol=1e-4, atol=1e-5, msg=lambda text, what=(op, attributes): f"{what}: {text}")
+        counts[op] += 1
+    assert min(counts[op] for op in ("Conv", "ConvTranspose", "MaxPool", "AveragePool")) >= 20
 
 
 def convolutional():
@@ -241,6 +284,11 @@ REFUSED = {
     "not finite": ([("Add", ["x", "nan"], {})], "NaN"),
     "half open": ([("Clip", ["x", "", "c1"], {})], "two ends"),
     "rounded": ([("Flatten", ["x"], {}), ("Gemm", ["0", "matrix"], {"alpha": 0.3})], "attribute alpha=0.3"),
+    "huge borders": ([("Pad", ["x", "wide"], {})] * 3, r"more than \d+ numbers for each input"),
+    "huge constants": ([("Add", ["column", "row"], {}), ("Add", ["x", "0"], {})], r"10{10} numbers of constants"),
+    "training dropout": ([("Dropout", ["x", "c1", "true"], {})], "training_mode is true"),
+    "batch as a number": ([("Shape", ["x"], {}), ("Cast", ["0"], {"to": 1}), ("Mul", ["x", "1"], {})], "does not depend on the batch"),
+    "overflow": ([("Mul", ["x", "large"], {})], "gives no finite numbers"),
     "constant": ([("Identity", ["c1"], {})], "does not depend on its input"),
 }  # fmt: skip
 
@@ -252,6 +300,8 @@ def test_what_is_not_on_the_list_is_refused_by_name(case, tmp_path):
         "c": np.ones(3, np.float32), "c1": np.float32(1), "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "pads_batch": np.array([1, 0, 0, 0, 0, 0, 0, 0]),
         "larger": normal(3, 6, 12), "two": normal(2, 3, 6, 6), "five": normal(1, 1, 3, 6, 6), "fold": np.array([-1, 6]), "one_row": np.array([1, -1]),
         "nan": np.float32(np.nan), "matrix": normal(108, 4),
+        "wide": np.array([0, 0, 4096, 4096, 0, 0, 4096, 4096]), "column": normal(10**5, 1), "row": normal(1, 10**5), "true": np.array(True),
+        "large": np.float32(1e38),
     }  # fmt: skip
     made = [node(op, inputs, [str(i) if i < len(nodes) - 1 else "y"], **attributes) for i, (op, inputs, attributes) in enumerate(nodes)]
     with pytest.raises(ModelError, match=says) as error:
@@ -328,8 +378,11 @@ def test_an_import_that_differs_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=r"differs from .* of the largest output"):
         from_onnx(path)
     monkeypatch.undo()
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "differs from onnx.reference" in from_onnx(path).notes[0]
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ModelError, match=r"pip install 'lipnet\[onnx\]'"):
+        from_onnx(path)
 
 
 def test_the_networks_of_acas_xu(capsys):

@@ -89,6 +89,8 @@ def _imported(onnx: Any, model: Any, path: pathlib.Path, input_shape: Shape | No
         del model.graph.output[:]
         model.graph.output.append(onnx.helper.make_tensor_value_info(last.inputs[0], kind.elem_type, None))
     difference, by = _compare(onnx, model, net, shape, batch, output, dtype)
+    if math.isinf(difference):
+        raise ModelError(f"it gives no finite numbers on random inputs of sizes {_SCALES[0]:g} to {_SCALES[-1]:g}, here or in {by}; look at its weights")
     if not difference <= _TOLERANCE:
         raise ModelError(
             f"the import differs from {by} by {difference:.1g} of the largest output on random inputs, more than {_TOLERANCE:g}; please report this"
@@ -258,8 +260,7 @@ def _rows(run: Callable[[Tensor], Tensor], x: Tensor, length: int, batch: Sizes 
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
-    if ours.shape != theirs.shape or not torch.isfinite(ours).all():
+    if not (torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         return math.inf
-    largest = float(theirs.abs().max())
-    gap = float((ours.double() - theirs.double()).abs().max())
-    return gap / largest if largest else math.inf if gap else 0.0
+    gap, largest = float((ours.double() - theirs.double()).abs().max()), float(theirs.abs().max())
+    return gap / max(largest, torch.finfo(theirs.dtype).tiny)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import lipnet
 from certify.models.weights import ModelError
@@ -27,7 +28,7 @@ Sizes = tuple[int, int]
 ANY: Sizes = (7919, 104729)  # two trial lengths of a batch that may be of any length: a size that follows both is the batch, one that follows neither is not
 OLDEST, NEWEST = 7, 28  # the opsets that the table below was written for; before 7 operators broadcast and train by other rules
 _WIDEST = 4096  # of a border; a larger one is no network but an attempt on the memory
-_LARGEST = 2**28  # numbers in one folded constant
+_LARGEST = 2**26  # numbers in one folded constant, and in one signal of one input
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +115,8 @@ class Importer:
 
     def input(self, name: str, shape: Shape, batch: Sizes | None) -> None:
         """The one input of the network."""
+        if math.prod(shape) > _LARGEST:
+            raise ModelError(f"its input is of shape {shape}; more than {_LARGEST} numbers are not supported")
         self.values[name] = Signal(self.graph.placeholder("x"), shape, batch)
 
     def read(self, node: Node) -> None:
@@ -157,13 +160,15 @@ class Importer:
     # What the handlers are made of
 
     def call(self, node: Node, module: nn.Module, x: Signal, nonnegative: bool = False) -> Signal:
-        """A module on a signal; its shape is that of a trial run."""
+        """A module on a signal; its shape is that of a trial run without numbers."""
         module = module.to(self.dtype).eval()
         try:
-            with torch.no_grad():
-                shape = tuple(module(torch.zeros(1, *x.shape, dtype=self.dtype)).shape[1:])
+            held = {name: tensor.to("meta") for name, tensor in module.state_dict().items()}
+            shape = tuple(functional_call(module, held, torch.empty(1, *x.shape, dtype=self.dtype, device="meta")).shape[1:])
         except (RuntimeError, ValueError, IndexError) as error:  # torch's words for sizes that do not fit
             node.refuse(f"torch's {type(module).__name__} does not take it ({str(error).splitlines()[0]})")
+        if math.prod(shape) > _LARGEST:
+            node.refuse(f"it makes a signal of {shape}, more than {_LARGEST} numbers for each input")
         name = f"{node.op.lower()}_{len(self.root._modules)}"
         self.root.add_module(name, module)
         return Signal(self.graph.call_module(name, (x.node,)), shape, x.batch, nonnegative)
