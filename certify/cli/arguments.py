@@ -21,7 +21,9 @@ DEFAULT_RADII = ("36/255", "72/255", "108/255")
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what a model may need to be told."""
-    parser.add_argument("model", metavar="MODEL", help="net.safetensors, net.pth with --arch, pkg.module:factory or ./file.py:factory (these run that code)")
+    parser.add_argument(
+        "model", metavar="MODEL", help="net.safetensors, net.onnx, net.pth with --arch, pkg.module:factory or ./file.py:factory (run that code)"
+    )
     add_opening(parser)
 
 
@@ -36,6 +38,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace, stored: Mapping[str, Any] | None = None) -> Model:
     """The model that these arguments name; what they leave out is taken from what is stored of an earlier one."""
     from certify import models
+    from certify.cli.console import note
     from certify.errors import CertifyError
 
     stored = stored or {}
@@ -45,7 +48,10 @@ def load_model(args: argparse.Namespace, stored: Mapping[str, Any] | None = None
             raise CertifyError(f"the folder names {code}, which would run code; if that is wanted, say so with --{name} {code}")
     shape_of = args.input_shape or (tuple(stored["input_shape"]) if "input_shape" in stored else None)
     opening = {name: getattr(args, name, None) or stored.get(name) for name in ("arch", "mean", "std")}
-    return models.load(getattr(args, "model", None) or stored["spec"], shape_of, **opening)
+    model = models.load(getattr(args, "model", None) or stored["spec"], shape_of, **opening)
+    for sentence in model.notes:
+        note(sentence)
+    return model
 
 
 def numbers(text: str) -> tuple[float, ...]:

@@ -37,6 +37,11 @@ def warn(message: str) -> None:
     sys.stderr.write(f"certify: warning: {message}\n")
 
 
+def note(message: str) -> None:
+    """Something to know in one line on stderr."""
+    sys.stderr.write(f"certify: note: {message}\n")
+
+
 class Say(Protocol):
     """Says where a long computation is, in one line."""
 

@@ -1,4 +1,4 @@
-"""From a spec string to a network: lipnet checkpoints, state dicts with an architecture, and factories that the user names."""
+"""From a spec string to a network: lipnet checkpoints, ONNX files, state dicts with an architecture, and factories that the user names."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from torch import nn
 import lipnet
 from certify.models.architectures import ARCHITECTURES
 from certify.models.architectures import input_shape as guessed_shape
+from certify.models.onnx import from_onnx
 from certify.models.weights import ModelError as ModelError
 from certify.models.weights import fill, read_state_dict
 from certify.registry import Shape
 from lipnet.checkpoint import hash_tensors
 
-FORMS = "net.safetensors (written by lipnet.save), net.pth with --arch, pkg.module:factory or ./file.py:factory (runs that code)"
+FORMS = "net.safetensors (written by lipnet.save), net.onnx, net.pth with --arch, pkg.module:factory or ./file.py:factory (runs that code)"
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2", ".model")
 
 
@@ -37,6 +38,7 @@ class Model:
     input_range: tuple[float, float] | None = None
     classes: tuple[str, ...] | None = None
     opened: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # how: architecture, mean and std, where the tensors were in the file
+    notes: tuple[str, ...] = ()  # sentences for whoever loads it; unlike `opened`, no part of what it is
 
     @property
     def parameters(self) -> int:
@@ -96,6 +98,9 @@ def _load(spec: str, input_shape: Shape | None, arch: str | None) -> Model:
             raise ModelError(f"{spec}: the checkpoint is of inputs of shape {checkpoint.input_shape}, --input-shape is {input_shape}; leave it out")
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         return Model(spec, checkpoint.net, sha256, checkpoint.input_shape or input_shape, checkpoint.input_range, checkpoint.classes)
+    if path.suffix == ".onnx" and path.is_file():
+        imported = from_onnx(path, input_shape)
+        return Model(spec, imported.net, imported.sha256, imported.input_shape, opened=imported.opened, notes=imported.notes)
     found = "no such file" if not path.exists() else "the ending says nothing that is known"
     raise ModelError(f"{spec}: {found}; a model is one of {FORMS}")
 

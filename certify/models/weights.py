@@ -41,8 +41,8 @@ def read_state_dict(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
     return _unwrapped(path, found)
 
 
-def _check_kind(path: pathlib.Path) -> None:
-    """Refuse what is no file of weights by its first bytes and, for a zip archive, by its names and sizes."""
+def check_start(path: pathlib.Path) -> bytes:
+    """The first bytes of a model. Raises ModelError for what is no model at all: an empty file, a page, a pointer."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:
@@ -52,7 +52,12 @@ def _check_kind(path: pathlib.Path) -> None:
         raise ModelError(f"{path}: it is an HTML page and not a model; a download link often leads to a page first: fetch the file itself")
     if text.startswith(b"version https://git-lfs"):
         raise ModelError(f"{path}: it is a pointer of Git LFS and not the file itself; run git lfs pull, or fetch the file")
-    if not start.startswith(b"PK"):
+    return start
+
+
+def _check_kind(path: pathlib.Path) -> None:
+    """Refuse what is no file of weights by its first bytes and, for a zip archive, by its names and sizes."""
+    if not check_start(path).startswith(b"PK"):
         return  # torch's older format, or nothing that torch knows: it says so
     try:
         with zipfile.ZipFile(path) as archive:

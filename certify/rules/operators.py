@@ -58,7 +58,7 @@ def _multiply(args: Sequence[Any], options: Mapping[str, Any]) -> Bound:
     return Bound(abs(float(numbers[0])), "times a number") @ bounds[0]
 
 
-@register_operator(torch.flatten, "flatten", "reshape", "view", torch.reshape)
+@register_operator(torch.flatten, "flatten", "reshape", "view", torch.reshape, "permute")
 def _rearrange(args: Sequence[Any], options: Mapping[str, Any]) -> Bound:
     """A rearrangement of each input: the trial run has shown that the batch stays the first dimension, and the numbers what they are."""
     _no_options("reshape", {name: value for name, value in options.items() if name not in ("start_dim", "end_dim")})

@@ -64,6 +64,17 @@ def _onnxruntime(net: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run(["logits"], {"x": x.contiguous().numpy()})[0])
 
 
+def onnx_session(model: bytes) -> Callable[[Tensor], Tensor]:
+    """An ONNX model of one input and one output, as onnxruntime runs it node by node, nothing fused. Raises ImportError where it is not installed."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.contiguous().numpy()})[0])
+
+
 def _openvino(net: nn.Module, example: Tensor) -> Callable[[Tensor], Tensor]:
     import openvino
 
