@@ -36,6 +36,19 @@ class Descend(Protocol):
         """Better multipliers of each layer, and the constant that they stand for."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """The arguments of `lipsdp`, beside the system and where to start."""
+
+    solver: str
+    norm: float
+    multipliers: str
+    tolerance: float
+    seconds: float
+    report: Report | None
+    descend: Descend
+
+
 def check_solver(name: str) -> None:
     """Raises ValueError for a solver that is not known, or not installed."""
     if name not in (*OWN, *conic.DIRECT):
@@ -79,31 +92,39 @@ def lipsdp(
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
+    return _solution(system, start, _Options(solver, norm, multipliers, tolerance, seconds, report, descend))
+
+
+def _solution(system: LureSystem, start: Array | None, options: _Options) -> Solution:
+    """Of the nonlinearities that can change, and then of all."""
     alive = _alive(system)
-    if not alive.all():
-        keep = np.concatenate([np.ones(system.inputs, dtype=bool), alive])
-        cut = LureSystem(system.inputs, system.rows[alive][:, keep], system.lower[alive], system.upper[alive], system.output[:, keep])
-        some = None if start is None else start[alive]
-        options = {"norm": norm, "tolerance": tolerance, "seconds": seconds}
-        inner = lipsdp(cut, solver, multipliers=multipliers, start=some, report=report, descend=descend, **options)
-        return _with_dead(system, inner, alive, norm)
+    if alive.all():
+        return _solved(system, start, options)
+    keep = np.concatenate([np.ones(system.inputs, dtype=bool), alive])
+    cut = LureSystem(system.inputs, system.rows[alive][:, keep], system.lower[alive], system.upper[alive], system.output[:, keep])
+    return _with_dead(system, _solution(cut, None if start is None else start[alive], options), alive, options.norm)
+
+
+def _solved(system: LureSystem, start: Array | None, options: _Options) -> Solution:
+    """The program of a system all of whose nonlinearities can change."""
+    norm = options.norm
     reduced = _reduced(system) if norm == 2 else system
     goal = program(reduced, norm)
     if goal.count == 0 and norm == 2:
         return _proved(system, [Proposal(np.zeros(0), math.nan, "nothing to solve", 0, 0.0, 0.0)], norm)
     inside = feasible(reduced, goal)
-    groups = levels(system) if multipliers == "layer" and system.is_explicit else None
+    groups = levels(system) if options.multipliers == "layer" and system.is_explicit else None
     if groups is not None and norm != 2:
         groups = np.concatenate([groups, np.full(system.inputs, groups.max(initial=-1) + 1)])
     if start is not None:
         inside = _better(goal, inside, start)
     try:
-        asked = _propose(reduced, goal, solver, inside, groups, tolerance, seconds, report, descend)
+        asked = _propose(reduced, goal, inside, groups, options)
     except KeyboardInterrupt:  # Newton's method ends by itself with what it has; others leave nothing behind
         if inside is None:
             raise
         asked = Proposal(inside[1], goal.lipschitz(inside[0]), "interrupted", 0, math.inf, 0.0)
-    if start is not None and solver == "closed-form":
+    if start is not None and options.solver == "closed-form":
         asked = min(asked, Proposal(start, goal.lipschitz(goal.smallest_gain(start)), "closed form", 0, math.inf, 0.0), key=lambda made: made.claimed)
     return _proved(system, [asked, *_within(goal, asked, inside)], norm)
 
@@ -141,15 +162,12 @@ def _with_dead(system: LureSystem, inner: Solution, alive: NDArray[np.bool_], no
 def _propose(
     system: LureSystem,
     goal: Program,
-    solver: str,
     inside: tuple[float, Array] | None,
     groups: Labels | None,
-    tolerance: float,
-    seconds: float,
-    report: Report | None,
-    descend: Descend,
+    options: _Options,
 ) -> Proposal:
     """What the solver says."""
+    solver, tolerance, seconds, report = options.solver, options.tolerance, options.seconds, options.report
     if solver == "scs":
         return conic.scs(goal, max(tolerance, 1e-9), seconds)
     if solver == "clarabel":
@@ -175,7 +193,7 @@ def _propose(
     if solver == "split":
         return _split(chain, goal, tolerance, seconds, report)
     t = closed_form(system)
-    parts, claimed = descend(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
+    parts, claimed = options.descend(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
     return Proposal(chain.spread(parts), claimed, "first order", 0, math.inf, time.perf_counter() - began)
 
 
@@ -228,13 +246,12 @@ def _proved(system: LureSystem, proposals: list[Proposal], norm: float) -> Solut
     began = time.perf_counter()
     first = proposals[0]
     bound, used = prove(system, first.multipliers, norm), first
-    if not bound <= first.claimed * (1 + 1e-4) and len(proposals) > 1:
+    if not bound <= first.claimed * (1 + 1e-4):
         for proposal in proposals[1:]:
             other = prove(system, proposal.multipliers, norm)
             if other < bound:
                 bound, used = other, proposal
-    status = first.status
-    return Solution(bound, used.multipliers, first.claimed, status, first.iterations, first.gap, first.seconds, time.perf_counter() - began)
+    return Solution(bound, used.multipliers, first.claimed, first.status, first.iterations, first.gap, first.seconds, time.perf_counter() - began)
 
 
 def _reduced(system: LureSystem) -> LureSystem:

@@ -98,7 +98,7 @@ def newton(
     best, guarded = state, program.guarded[first]
     total = program.size + int(guarded.sum())
     tau, gap, status, done = total / max(state.rho, 1e-300), math.inf, "iteration limit", 0
-    tries_left = 3
+    tries_left, of_rho = 3, 0.5 if program.norm == 2 else 1.0  # the constant is the root of rho, or rho
     try:
         for done in range(iterations):
             steps = _steps(program, state, labels, first, guarded)
@@ -114,7 +114,7 @@ def newton(
                     break
                 tau = _next(tau, decrement_of)
             if report is not None:
-                report(Progress(done, program.lipschitz(best.rho), gap if program.norm != 2 else gap / 2, time.perf_counter() - began))
+                report(Progress(done, program.lipschitz(best.rho), gap * of_rho, time.perf_counter() - began))
             if time.perf_counter() - began > seconds:
                 status = "time limit"
                 break
@@ -131,8 +131,7 @@ def newton(
             best = state if state.rho < best.rho else best
     except KeyboardInterrupt:
         status = "interrupted"
-    claimed = program.lipschitz(best.rho)
-    return Proposal(best.multipliers, claimed, status, done, gap if program.norm != 2 else gap / 2, time.perf_counter() - began)
+    return Proposal(best.multipliers, program.lipschitz(best.rho), status, done, gap * of_rho, time.perf_counter() - began)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,8 +9,8 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from sdp.lure import LureSystem
-from sdp.newton import Proposal, newton
-from sdp.program import Program, factors, program
+from sdp.newton import newton
+from sdp.program import Program, factors
 
 Array = NDArray[np.float64]
 
@@ -67,24 +67,17 @@ def feasible(system: LureSystem, goal: Program) -> tuple[float, Array] | None:
         return None
     if goal.norm == 2:
         return _lifted(goal, multipliers)
-    wide = [np.concatenate([multipliers, np.full(system.inputs, weight)]) for weight in (1.0,)]
-    return _lifted(goal, wide[0])
+    return _lifted(goal, np.concatenate([multipliers, np.ones(system.inputs)]))
 
 
 def _lifted(goal: Program, multipliers: Array) -> tuple[float, Array] | None:
     """Scaled until some rho is feasible: with rho = 1 the outputs are at most `output (P)^-1 output'` times as large."""
-    size = goal.count
-    for power in range(0, 60):
-        scaled = multipliers * 4.0**power
+    for scaled in (multipliers * 4.0**power for power in range(60)):
         rho = goal.smallest_gain(scaled)
         if math.isfinite(rho):
-            break
-    else:
-        return None
-    best = min((goal.smallest_gain(scaled * factor), factor) for factor in (1.0, 1.5, 2.0, 3.0, 5.0, 8.0))
-    if size == 0:
-        return (best[0] * (1 + 1e-6) + 1e-12, scaled)
-    return (1.2 * best[0] + 1e-12, scaled * best[1])
+            rho, factor = min((rho, 1.0), *((goal.smallest_gain(scaled * factor), factor) for factor in (1.5, 2.0, 3.0, 5.0, 8.0)))
+            return 1.2 * rho + 1e-12, scaled * factor
+    return None
 
 
 def _well_posed(system: LureSystem) -> Array | None:
@@ -96,16 +89,5 @@ def _well_posed(system: LureSystem) -> Array | None:
     lowest = float(np.linalg.eigvalsh(shifted.matrix(0.0, multipliers))[0])
     if lowest > 0:
         return multipliers
-    found: list[Array] = []
-    proposal = newton(shifted, (2 * abs(lowest) + 1.0, multipliers), iterations=200, tolerance=1e-6)
-    found.append(proposal.multipliers)
-    return next((t for t in found if np.linalg.eigvalsh(shifted.matrix(0.0, t))[0] > 0), None)
-
-
-def start(system: LureSystem, norm: float = 2) -> Proposal:
-    """The closed form as a proposal."""
-    goal = program(system, norm)
-    found = feasible(system, goal)
-    if found is None:
-        return Proposal(np.zeros(goal.count), math.inf, "infeasible", 0, math.inf, 0.0)
-    return Proposal(found[1], goal.lipschitz(goal.smallest_gain(found[1])), "closed form", 0, math.inf, 0.0)
+    found = newton(shifted, (2 * abs(lowest) + 1.0, multipliers), iterations=200, tolerance=1e-6).multipliers
+    return found if np.linalg.eigvalsh(shifted.matrix(0.0, found))[0] > 0 else None
