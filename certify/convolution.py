@@ -147,7 +147,7 @@ def convolution_bound(
     _check(kernel, groups)
     if mode not in ("zeros", "circular"):
         raise ValueError(f"mode must be 'zeros' or 'circular', got {mode!r}")
-    (down, across), (row_step, column_step) = _two(stride), _two(dilation)
+    (down, across), (row_step, column_step) = two(stride), two(dilation)
     top, bottom, left, right = _four(padding)
     make = zeros_axis if mode == "zeros" else circular_axis
     rows = make(input_size[0], kernel.shape[2], down, top, bottom, row_step)
@@ -168,7 +168,7 @@ def any_size_norm(
     The supremum over all frequencies, from a grid of them.
     """
     _check(kernel, groups)
-    axes = [Axis(s, (0, k), s, d) for s, k, d in zip(_two(stride), kernel.shape[2:], _two(dilation), strict=True)]
+    axes = [Axis(s, (0, k), s, d) for s, k, d in zip(two(stride), kernel.shape[2:], two(dilation), strict=True)]
     grid = points or (_FINENESS * axes[0].degree or 1, _FINENESS * axes[1].degree or 1)
     value = _norm_on_grid(_polyphase(kernel, axes, groups), grid)
     for axis, count in zip(axes, grid, strict=True):
@@ -206,7 +206,8 @@ def _torus_bound(kernel: Array, axes: tuple[Axis, Axis], groups: int) -> tuple[f
     return value if copies == 1 else multiply_up(value, root_up(copies)), text
 
 
-def _two(sizes: Sizes) -> tuple[int, int]:
+def two(sizes: Sizes) -> tuple[int, int]:
+    """One number for both axes, or one for each."""
     down, across = (sizes, sizes) if isinstance(sizes, int) else sizes
     return down, across
 
@@ -215,7 +216,7 @@ def _four(padding: Sizes) -> tuple[int, int, int, int]:
     if not isinstance(padding, int) and len(padding) == 4:
         top, bottom, left, right = padding
         return top, bottom, left, right
-    down, across = _two(padding)
+    down, across = two(padding)
     return down, down, across, across
 
 

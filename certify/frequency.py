@@ -36,7 +36,7 @@ from torch import nn
 
 import lipnet
 from certify.bound import Array, Assumption, Bound, Domain
-from certify.convolution import TWIDDLE, roots_of_unity
+from certify.convolution import TWIDDLE, roots_of_unity, two
 from certify.errors import CertifyError, Problem, Unsupported
 from certify.graph import Graph
 from certify.methods import Layerwise, LipschitzMethod
@@ -629,7 +629,7 @@ def _average(module: nn.Module, channels: int, size: tuple[int, int]) -> tuple[A
     """Kernel, stride and padding of an average pool, and why it is no convolution, if it is none."""
     why, padding, divisor = "", (0, 0, 0, 0), None
     if isinstance(module, nn.AvgPool2d):
-        taps, stride, (down, across) = _two(module.kernel_size), _two(module.stride), _two(module.padding)
+        taps, stride, (down, across) = two(module.kernel_size), two(module.stride), two(module.padding)
         padding, divisor = (down, down, across, across), module.divisor_override
         if module.ceil_mode or (any(padding) and not module.count_include_pad and divisor is None):
             why = "averages fewer pixels at the border than inside; use ceil_mode=False, and count_include_pad=True or no padding"
@@ -642,10 +642,6 @@ def _average(module: nn.Module, channels: int, size: tuple[int, int]) -> tuple[A
     kernel = np.zeros((channels, channels, *taps))
     kernel[np.arange(channels), np.arange(channels)] = 1.0 / (taps[0] * taps[1] if divisor is None else divisor)
     return kernel, stride, padding, why
-
-
-def _two(sizes: int | tuple[int, int]) -> tuple[int, int]:
-    return (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[1])
 
 
 def _factors(module: nn.Module) -> tuple[Array, float]:

@@ -17,7 +17,7 @@ import sdp
 from certify.bound import Array, Assumption, Bound, Domain, Everywhere
 from certify.errors import CertifyError
 from certify.graph import Graph
-from certify.lure import Wired, check, wire
+from certify.lure import Lowering, Wired, check
 from certify.methods import Layerwise, LipschitzMethod
 from certify.rounding import multiply_up, up
 from sdp import LureSystem, Progress, Solution, proof_file
@@ -86,7 +86,7 @@ class LipSDP(LipschitzMethod):
     def bound(self, graph: Graph, domain: Domain) -> Bound:
         check(graph)
         layers = Layerwise().bound(graph, Everywhere())
-        wired = wire(graph, domain)
+        wired = Lowering(graph, domain).run()
         found = _Solved(self, wired)
         value = found.value()
         if not math.isfinite(value) and self.norm != 2:

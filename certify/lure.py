@@ -16,21 +16,22 @@ import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn import functional
 
 import lipnet
 import sdp
 from certify import slopes
 from certify.bound import Array, Ball, Bound, Box, Domain, Everywhere
+from certify.convolution import two
 from certify.errors import CertifyError, Problem, Unsupported
 from certify.graph import Graph
 from certify.registry import Shape, nearest
+from certify.rules.operators import ELEMENTWISE
 from certify.spectral import as_float64
 from lipnet.functional import comparators
 from lipnet.layers.base import Layer
 from lipnet.layers.residual import ResidualBlock
 from lipnet.layers.sll import PotentialLayer
-from sdp.activation import ABS, RELU, SIGMOID, TANH, Activation
+from sdp.activation import RELU, Activation
 from sdp.proof import UNIT
 from sdp.wiring import Index, Region, Signal, Wiring
 
@@ -79,7 +80,7 @@ def check(graph: Graph) -> None:
         raise Unsupported(problems)
     nonlinear = (node for node in graph.trace.nodes if node.op == "call_module" and _entry(graph.module(node)) is _elementwise)
     check_memory(math.prod(graph.input_shape) + sum(math.prod(graph.shapes[node.name]) for node in nonlinear))
-    if problems := problems_of(graph):
+    if problems := _of_signals(graph):
         raise Unsupported(problems)
 
 
@@ -100,8 +101,12 @@ def signals_of(graph: Graph) -> int | None:
 
 def problems_of(graph: Graph) -> list[Problem]:
     """What keeps a network from being a system of scalar nonlinearities: types and operations first, then what the rules refuse, and signals overwritten."""
-    refused = [problem for said in graph.said.values() if isinstance(said, Unsupported) for problem in said.problems] if not _of_types(graph) else []
-    return _of_types(graph) or refused or _overwritten(graph)
+    return _of_types(graph) or _of_signals(graph)
+
+
+def _of_signals(graph: Graph) -> list[Problem]:
+    refused = [problem for said in graph.said.values() if isinstance(said, Unsupported) for problem in said.problems]
+    return refused or _overwritten(graph)
 
 
 def _of_types(graph: Graph) -> list[Problem]:
@@ -532,7 +537,7 @@ def _(self: Lowering, layer: lipnet.Householder, x: Wire) -> Wire:
 def _(self: Lowering, module: nn.MaxPool2d, x: Wire) -> Wire:
     """A tournament in each window; what is padded never wins, so a pixel that is there stands in for it."""
     made = tuple(module(torch.zeros(1, *x.shape)).shape[1:])
-    taps, stride, padding, step = (_two(size) for size in (module.kernel_size, module.stride, module.padding, module.dilation))
+    taps, stride, padding, step = (two(size) for size in (module.kernel_size, module.stride, module.padding, module.dilation))
     rows, columns = ([[stride[k] * i + step[k] * t - padding[k] for t in range(taps[k])] for i in range(made[1 + k])] for k in (0, 1))
     height, width = x.shape[1:]
     windows = []
@@ -554,10 +559,6 @@ def _(self: Lowering, module: nn.MaxPool2d, x: Wire) -> Wire:
 def _kron(a: Array, b: Array) -> Array:
     """The Kronecker product; exact where the entries of one are 0 and 1."""
     return np.asarray(np.kron(a, b), dtype=np.float64)
-
-
-def _two(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 # Layers that know their own multipliers
@@ -664,13 +665,11 @@ def _(self: Lowering, a: Wire, *sizes: Any) -> Wire:
     return a
 
 
-def _operator_activation(activation: Activation, *targets: Any) -> None:
-    @lowers_operator(*targets)
+def _as_module(target: Any, module: nn.Module) -> None:
+    @lowers_operator(target)
     def _(self: Lowering, a: Wire) -> Wire:
-        return Wire(self.bend(a.signal, activation, 1.0 if activation.range[0] >= 0 else 0.5), a.shape)
+        return _elementwise(self, module, a)
 
 
-_operator_activation(RELU, torch.relu, functional.relu, "relu")
-_operator_activation(TANH, torch.tanh, functional.tanh, "tanh")
-_operator_activation(SIGMOID, torch.sigmoid, "sigmoid")
-_operator_activation(ABS, torch.abs, "abs")
+for _target, _module in {**ELEMENTWISE, torch.abs: lipnet.Abs(), "abs": lipnet.Abs()}.items():
+    _as_module(_target, _module)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from certify.bound import Array, Assumption, Bound
-from certify.convolution import convolution_bound, root_up
+from certify.convolution import convolution_bound, root_up, two
 from certify.errors import Problem, Unsupported
 from certify.registry import Shape, register
 from certify.rounding import multiply_up, up
@@ -29,11 +29,6 @@ def _sizes(module: nn.Module, shape: Shape, dimensions: int = 2) -> tuple[int, .
     if len(shape) != dimensions + 1:
         _refuse(module, f"takes one input of shape {('channels', 'height', 'width')[: dimensions + 1]}, got {tuple(shape)}")
     return shape[1:]
-
-
-def _two(sizes: int | Sequence[int]) -> tuple[int, int]:
-    down, across = (sizes, sizes) if isinstance(sizes, int) else sizes
-    return down, across
 
 
 # Convolutions
@@ -140,7 +135,7 @@ def _(module: nn.AvgPool2d, shape: Shape) -> Bound:
     """
     divisor = module.divisor_override
     pieces = []
-    for n, taps, stride, padding in zip(_sizes(module, shape), _two(module.kernel_size), _two(module.stride), _two(module.padding), strict=True):
+    for n, taps, stride, padding in zip(_sizes(module, shape), two(module.kernel_size), two(module.stride), two(module.padding), strict=True):
         seen = functional.avg_pool2d(
             _impulses(n), (taps, 1), (stride, 1), (padding, 0), module.ceil_mode, module.count_include_pad, None if divisor is None else 1
         )
@@ -170,7 +165,7 @@ def _(module: nn.MaxPool2d, shape: Shape) -> Bound:
         _refuse(module, "return_indices=True makes it return positions too, which are not Lipschitz; use return_indices=False")
     overlap = 1
     sizes = _sizes(module, shape)
-    for n, taps, stride, padding, step in zip(sizes, _two(module.kernel_size), _two(module.stride), _two(module.padding), _two(module.dilation), strict=True):
+    for n, taps, stride, padding, step in zip(sizes, two(module.kernel_size), two(module.stride), two(module.padding), two(module.dilation), strict=True):
         outputs = functional.max_pool1d(torch.zeros(1, 1, n), taps, stride, padding, step, module.ceil_mode).shape[-1]
         positions = (stride * np.arange(outputs)[:, None] + step * np.arange(taps) - padding).ravel()
         overlap *= int(np.bincount(positions[(positions >= 0) & (positions < n)], minlength=n).max())
