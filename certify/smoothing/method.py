@@ -23,19 +23,11 @@ from certify.smoothing.engine import Done, Engine, Forward, Source
 from certify.smoothing.noise import Gauss, Grid, noisy_rows, to_grid, total_variation
 from certify.smoothing.noise import counts as counting
 from certify.smoothing.noise.counts import UNIT
-from certify.smoothing.noise.other import Drawn, seen
+from certify.smoothing.noise.other import DRAWN, Drawn, seen
 from certify.smoothing.noises import (
-    Ablation,
-    Brightness,
-    Contrast,
-    ContrastBrightness,
-    CyclicTranslation,
-    FourierBlur,
-    Gamma,
     Gaussian,
     GaussianLinf,
     Laplace,
-    LogNormalGamma,
     Noise,
     Uniform,
     UniformLinf,
@@ -278,21 +270,7 @@ _KINDS: dict[str, Any] = {
     "engine": str,
     "shared": bool,
 }
-_DRAWN = (
-    Gaussian,
-    GaussianLinf,
-    Laplace,
-    Uniform,
-    UniformLinf,
-    Ablation,
-    Brightness,
-    Contrast,
-    ContrastBrightness,
-    CyclicTranslation,
-    FourierBlur,
-    Gamma,
-    LogNormalGamma,
-)
+_DRAWN = (Gaussian, GaussianLinf, *DRAWN)
 
 
 def on_grid(noise: Noise) -> bool:

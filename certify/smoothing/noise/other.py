@@ -32,6 +32,7 @@ from certify.smoothing.noises import (
     UniformLinf,
 )
 
+DRAWN = (Laplace, Uniform, UniformLinf, Ablation, Brightness, Contrast, ContrastBrightness, CyclicTranslation, FourierBlur, Gamma, LogNormalGamma)
 _STRIP = 1 << 17  # numbers that are worked on at a time
 
 
