@@ -29,13 +29,13 @@ import certify
 import sdp
 from benchmarks.rows import Row, parser, show
 from certify.bound import Array
+from lipnet.functional import comparators
 from sdp.lure import feed_forward
 from sdp.published import groupsort
 
 OPTIMA = {(16, 2): 1.884777, (32, 2): 1.633027, (64, 2): 2.192595, (128, 2): 2.900339, (16, 4): 2.176237, (32, 4): 2.926639, (64, 4): 4.256883}
 OPTIMA |= {(16, 8): 9.248976, (32, 8): 10.095849, (128, 4): 5.421681, (64, 8): 12.293212, (128, 8): 18.278320}  # by width and hidden layers
 SORTED = (((6, 8, 3), 2, 0), ((6, 8, 8, 8, 3), 2, 2), ((5, 4, 4, 4, 2), 2, 4), ((16, 32, 32, 10), 2, 6), ((6, 8, 3), 4, 10))
-SORTERS = {2: ((0, 1),), 4: ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2))}
 LIMIT = 60.0
 ALONE = """
 import sys, time
@@ -48,7 +48,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
-def weights(sizes: Sequence[int], seed: int) -> list[Array]:
+def weights(sizes: Sequence[int], seed: int = 0) -> list[Array]:
     """Gaussian matrices."""
     rng = np.random.default_rng(seed)
     return [rng.standard_normal((out, into)) / math.sqrt(into) for into, out in itertools.pairwise(sizes)]
@@ -66,7 +66,7 @@ def sorted_network(matrices: Sequence[Array], size: int) -> sdp.LureSystem:
     for matrix in matrices[:-1]:
         signal = wiring.linear(matrix, signal)
         first = np.arange(0, len(matrix), size)
-        for i, j in SORTERS[size]:
+        for i, j in comparators(size):
             signal = wiring.sort(signal, first + i, first + j)
     return wiring.system(wiring.linear(matrices[-1], signal))
 

@@ -12,6 +12,7 @@ import pytest
 import scipy.optimize
 
 import sdp
+from benchmarks.lipsdp import sorted_network, weights
 from sdp import published
 from sdp.activation import ABS, GELU, RELU, SIGMOID, SILU, SOFTPLUS, TANH, Sloped, clamp, leaky_relu
 from sdp.chain import Chain, composed
@@ -19,13 +20,6 @@ from sdp.lure import feed_forward
 from sdp.newton import newton
 from sdp.program import program
 from sdp.start import closed_form, feasible, levels
-
-SORTERS = {2: [(0, 1)], 4: [(0, 1), (2, 3), (0, 2), (1, 3), (1, 2)]}
-
-
-def weights(sizes, seed=0, gain=1.0):
-    rng = np.random.default_rng(seed)
-    return [gain * rng.standard_normal((out, into)) / math.sqrt(into) for into, out in itertools.pairwise(sizes)]
 
 
 def norm(matrix):
@@ -61,17 +55,6 @@ def exact(matrices, p=2):
     """The largest gain of any pattern: the constant itself for one hidden layer whose first matrix has full row rank."""
     gains = (norm(jacobian) if p == 2 else np.abs(jacobian).sum(axis=1).max() for jacobian in patterns(matrices))
     return max(gains)
-
-
-def sorted_network(matrices, size):
-    wiring = sdp.Wiring(matrices[0].shape[1])
-    signal = wiring.input()
-    for matrix in matrices[:-1]:
-        signal = wiring.linear(matrix, signal)
-        first = np.arange(0, len(matrix), size)
-        for i, j in SORTERS[size]:
-            signal = wiring.sort(signal, first + i, first + j)
-    return wiring.system(wiring.linear(matrices[-1], signal))
 
 
 # Exact and known answers
