@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from certify.frequency import LipSDPFrequency as LipSDPFrequency
     from certify.graph import Graph as Graph
     from certify.lipsdp import LipSDP as LipSDP
+    from certify.local.method import Local as Local
     from certify.lowrank import LowRank as LowRank
     from certify.margins import Margin as Margin
     from certify.margins import robustness as robustness
@@ -45,6 +46,7 @@ _HOME = {
     "LipSDPFrequency": "frequency",
     "Graph": "graph",
     "LipSDP": "lipsdp",
+    "Local": "local.method",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
     "LowRank": "lowrank",

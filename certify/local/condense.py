@@ -1,0 +1,305 @@
+"""The program around one input, reduced to the gates that are not decided there.
+
+On the region every decided gate is a line, so that with the outputs p of the others the program is affine: `z = center + G d + M p`, gate by gate. The
+rows of G and M are gradients by autograd. With `|d|` and `|p|` bounded, what their rounding can change is at most `gamma_N` times the same program with
+absolute values, N the number of products in the longest sum (Higham 2002, section 3.1; a gradient is a product of the same matrices from the other side).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certify.errors import CertifyError
+from certify.local.crown import upper_bounds
+from certify.local.program import Affine, Gate, Program
+from certify.local.region import Region
+from certify.local.relax import Lines, of_gate
+from sdp.activation import RELU
+from sdp.proof import gamma
+
+_TINY = 2.0**-500
+_CHUNK = 2**24  # numbers in the rows of one batch of gradients
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """The undecided gates of one step: `z = center + G d + M p +- slack`, with p the outputs of all undecided gates before them."""
+
+    gate: Gate
+    index: Tensor  # (n,) which entries of the gate's input
+    center: Tensor  # (n,)
+    slack: Tensor  # (n,)
+    inputs: Tensor  # (n, inputs): G
+    earlier: Tensor  # (n, gates before): M
+    size: Tensor  # (n,) at least |center| + |G| |d| + |M| |p|
+    low: Tensor  # (n,) bounds of z on the region
+    high: Tensor
+
+    @property
+    def count(self) -> int:
+        return len(self.index)
+
+    @functools.cached_property
+    def lines(self) -> Lines:
+        """Around each p."""
+        return of_gate(self.gate.activation, self.low, self.high)
+
+    @functools.cached_property
+    def peak(self) -> Tensor:
+        """At least |p|."""
+        low, high = image(self.gate, self.low, self.high)
+        return torch.maximum(low.abs(), high.abs())
+
+    @functools.cached_property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest slope of each gate."""
+        return slopes(self.gate, self.low, self.high)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Condensed:
+    """`y = center + J0 d + V p` for rows C of the output, and the layers of gates; `slack_gates` and `slack_inputs` bound what rounding adds to gradients."""
+
+    region: Region
+    layers: tuple[Layer, ...]
+    center: Tensor  # (rows,) C y at the center with p = 0
+    slack: Tensor  # (rows,)
+    inputs: Tensor  # (rows, inputs): J0
+    gates: Tensor  # (rows, gates): V
+    slack_gates: Tensor  # (rows, gates) of the gradient to each p
+    slack_inputs: Tensor  # (rows, inputs) of the gradient to the input
+    total: int  # gates of the program, decided or not
+
+    @property
+    def undecided(self) -> int:
+        """How many gates are left."""
+        return sum(layer.count for layer in self.layers)
+
+
+def condense(
+    program: Program,
+    region: Region,
+    rows: Tensor,  # (rows, outputs)
+    *,
+    limit: int = 2**31,
+) -> Condensed:
+    """The program on a region, seen from some rows of its output. Raises CertifyError where more numbers than `limit` would be needed."""
+    with torch.enable_grad():
+        return _Sweep(program, region, limit).run(rows)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Signal:
+    """A value of the program: as an affine function of the inputs and the cut gates, its range, and the size of all its terms."""
+
+    value: Tensor
+    low: Tensor
+    high: Tensor
+    size: Tensor
+
+
+class _Sweep:
+    """One pass through the program; gates are decided, or cut, as it goes."""
+
+    def __init__(self, program: Program, region: Region, limit: int) -> None:
+        self.program, self.region, self.limit = program, region, limit
+        self.input = region.center.clone().requires_grad_(True)
+        self.cuts: list[Tensor] = []
+        self.layers: list[Layer] = []
+        self.slopes: list[tuple[Tensor, Tensor]] = []  # by gate: its largest |slope| everywhere, and the entries that are cut
+        self.products = 1
+        self.total = 0
+
+    def run(self, rows: Tensor) -> Condensed:
+        shape = (1, *self.program.input_shape)
+        low, high = (self.region.center + end for end in (self.region.low, self.region.high))
+        infinity = torch.tensor(torch.inf, dtype=torch.float64)
+        start = _Signal(
+            self.input.reshape(shape),
+            torch.nextafter(low, -infinity).reshape(shape),
+            torch.nextafter(high, infinity).reshape(shape),
+            (self.region.center.abs() + self.region.reach).reshape(shape),
+        )
+        values = {0: start}
+        for k, step in enumerate(self.program.steps):
+            values[k + 1] = self.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else self.gate(step, values[step.input])
+            for i in step.inputs:
+                if self.program.last_use.get(i) == k:
+                    values.pop(i, None)
+        return self.outputs(values[self.program.output], rows)
+
+    def affine(self, step: Affine, inputs: Sequence[_Signal]) -> _Signal:
+        """The affine step in each of the three: rounding is at most `gamma` times the sum of the absolute values of all terms."""
+        self.products += step.terms + len(inputs) + 2
+        value = step.apply(*(signal.value for signal in inputs))
+        with torch.no_grad():
+            middle = [(signal.low + signal.high) / 2 for signal in inputs]
+            half = [(signal.high - signal.low) / 2 for signal in inputs]
+            size, reach = (step.size(*parts) for parts in ([s.size for s in inputs], [m.abs() + h for m, h in zip(middle, half, strict=True)]))
+            center, width = step.apply(*middle), step.size(*half)
+            if step.constant is not None:
+                size, reach = size + step.constant, reach + step.constant
+            room = 2 * gamma(step.terms + 12) * reach + _TINY
+            return _Signal(value, center - width - room, center + width + room, size)
+
+    def gate(self, gate: Gate, signal: _Signal) -> _Signal:
+        """Decide what the range decides, sharpen the range of the rest, and cut what is still undecided."""
+        low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
+        self.total += len(low)
+        index = torch.nonzero(_undecided(gate, low, high)).flatten()
+        if len(index):
+            layer = self.sharpened(gate, signal, index, low, high)
+            low[index], high[index] = layer.low, layer.high
+            silent = _silent(layer)
+            undecided = _undecided(gate, layer.low, layer.high)
+            layer, silent = _part(layer, torch.nonzero(undecided & ~silent).flatten()), index[undecided & silent]
+        else:
+            layer, silent = None, index
+        slope, intercept = _lines(gate, low, high)
+        image_low, image_high = image(gate, low, high)
+        size = slope.abs() * signal.size.flatten() + intercept.abs()
+        size[silent] = signal.size.flatten()[silent]  # relu of what is 0 but for rounding: its error is no more than that of its input
+        self.products += 4
+        flat = signal.value.flatten() * slope + intercept
+        cut = torch.zeros(0, dtype=torch.long)
+        if layer is not None and layer.count:
+            self.layers.append(layer)
+            cut = layer.index
+            p = torch.zeros(layer.count, dtype=torch.float64, requires_grad=True)
+            self.cuts.append(p)
+            flat = flat.index_put((cut,), p)
+            size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
+            if self.used() > self.limit:
+                raise CertifyError(f"{sum(map(len, self.cuts)):,} undecided gates on this region need more memory than allowed; take a smaller region")
+        least, most = slopes(gate, low, high)
+        self.slopes.append((torch.maximum(least.abs(), most.abs()), cut))
+        shape = signal.value.shape
+        return _Signal(flat.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
+
+    def used(self) -> int:
+        """The numbers that are kept."""
+        gates = sum(map(len, self.cuts))
+        return gates * (self.input.numel() + gates)
+
+    def sharpened(self, gate: Gate, signal: _Signal, index: Tensor, low: Tensor, high: Tensor) -> Layer:
+        """The rows of some entries of a gate's input, and their range by linear relaxations of the gates before them (CROWN)."""
+        chosen = signal.value.flatten()[index]
+        inputs, *cuts = self.gradients(chosen, torch.eye(len(index), dtype=torch.float64))
+        with torch.no_grad():
+            earlier = torch.cat([torch.zeros(len(index), 0, dtype=torch.float64), *cuts], dim=1)
+            slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
+            center = chosen.detach()
+            top = upper_bounds(self.layers, self.region, torch.cat([center, -center]), torch.cat([inputs, -inputs]), torch.cat([earlier, -earlier]))
+            n = len(index)
+            infinity = torch.tensor(torch.inf, dtype=torch.float64)
+            sharp_high = torch.nextafter(top[:n] + slack, infinity)
+            sharp_low = torch.nextafter(-top[n:] - slack, -infinity)
+            lower, upper = torch.maximum(low[index], sharp_low), torch.minimum(high[index], sharp_high)
+        return Layer(gate, index, center, slack, inputs, earlier, signal.size.flatten()[index], lower, upper)
+
+    def gradients(self, of: Tensor, rows: Tensor) -> list[Tensor]:
+        """`rows @ d of / d .` to the input and to each layer of cut gates, in batches."""
+        leaves = [self.input, *self.cuts]
+        if not len(rows) or not of.requires_grad:
+            return [torch.zeros(len(rows), leaf.numel(), dtype=torch.float64) for leaf in leaves]
+        chunk = max(1, _CHUNK // max(1, of.numel() + sum(leaf.numel() for leaf in leaves)))
+        parts = []
+        for part in rows.split(chunk):
+            found = torch.autograd.grad(of, leaves, part, retain_graph=True, allow_unused=True, is_grads_batched=True)
+            parts.append([torch.zeros(len(part), leaf.numel(), dtype=torch.float64) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
+        return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+
+    def outputs(self, signal: _Signal, rows: Tensor) -> Condensed:
+        """The rows of the output, and what rounding can add to each gradient."""
+        y = signal.value.flatten()
+        inputs, *cuts = self.gradients(y, rows)
+        to_gates, to_inputs = self.slack(rows)
+        with torch.no_grad():
+            center = rows @ y.detach()
+            room = 2 * gamma(self.products + len(y) + 4)
+            return Condensed(
+                region=self.region,
+                layers=tuple(self.layers),
+                center=center,
+                slack=room * (rows.abs() @ signal.size.flatten()) + _TINY,
+                inputs=inputs,
+                gates=torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *cuts], dim=1),
+                slack_gates=room * to_gates + _TINY,
+                slack_inputs=room * to_inputs + _TINY,
+                total=self.total,
+            )
+
+    def slack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradients of the program with absolute values, in which every gate has the largest slope that it can have here."""
+        leaf = torch.zeros(self.input.numel(), dtype=torch.float64, requires_grad=True)
+        slopes = iter(self.slopes)
+        made: list[tuple[Tensor, Tensor]] = []
+
+        def bend(number: int, gate: Gate, z: Tensor) -> Tensor:
+            steepest, cut = next(slopes)
+            out = z.flatten() * steepest
+            if not out.requires_grad:
+                out.requires_grad_(True)
+            made.append((out, cut))
+            return out.reshape(z.shape)
+
+        y = self.program.run(leaf, bend, affine=lambda step: step.size)
+        leaves = [leaf, *(out for out, cut in made if len(cut))]
+        parts = []
+        for row in rows.abs():
+            found = torch.autograd.grad(y, leaves, row, retain_graph=True, allow_unused=True)
+            parts.append([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
+        to_inputs, *rest = (torch.stack(columns) for columns in zip(*parts, strict=True))
+        cuts = [cut for _, cut in made if len(cut)]
+        to_gates = [columns[:, cut] for columns, cut in zip(rest, cuts, strict=True)]
+        return torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *to_gates], dim=1), to_inputs
+
+
+def _part(layer: Layer, keep: Tensor) -> Layer:
+    fields = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")
+    return dataclasses.replace(layer, **{name: getattr(layer, name)[keep] for name in fields})
+
+
+def _silent(layer: Layer) -> Tensor:
+    """The ReLUs of what is computed as the constant 0, such as a tie of two that are shut: nothing but rounding, and so are their gradients."""
+    nothing = (layer.center == 0) & ~layer.inputs.any(dim=1) & ~layer.earlier.any(dim=1)
+    return nothing if layer.gate.activation == RELU else torch.zeros_like(nothing)
+
+
+def _numpy(function: Callable[..., tuple[np.ndarray, np.ndarray]], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = function(low.numpy(), high.numpy())
+    return torch.from_numpy(np.ascontiguousarray(first)), torch.from_numpy(np.ascontiguousarray(second))
+
+
+def slopes(gate: Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest slope of each entry of a gate on its range."""
+    if gate.activation == RELU:
+        return (low >= 0).double(), (high > 0).double() + ((low >= 0) & (high <= 0)).double()
+    return _numpy(gate.activation.slopes, low, high)
+
+
+def image(gate: Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """A range of its values."""
+    if gate.activation == RELU:
+        return low.clamp(min=0), high.clamp(min=0)
+    return _numpy(gate.activation.image, low, high)
+
+
+def _undecided(gate: Gate, low: Tensor, high: Tensor) -> Tensor:
+    """The entries that are not one line on their range."""
+    least, most = slopes(gate, low, high)
+    return most > least
+
+
+def _lines(gate: Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and intercept of the decided entries; 0 for the others."""
+    least, most = slopes(gate, low, high)
+    decided = least == most
+    intercept = torch.zeros_like(low) if gate.activation == RELU else torch.from_numpy(gate.activation.intercept(low.numpy(), high.numpy()))
+    return torch.where(decided, least, 0.0), torch.where(decided, intercept, 0.0)

@@ -1,0 +1,66 @@
+"""CROWN among the undecided gates (Zhang et al. 2018): rows `center + g d + c p` bounded by lines in place of gates, from the last layer to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from certify.local.region import Region
+from certify.local.relax import Lines
+from sdp.proof import gamma
+
+
+class Relaxed(Protocol):
+    """What is used of a layer of gates: `z = center + G d + M p +- slack`, and the lines around each p."""
+
+    @property
+    def center(self) -> Tensor: ...
+    @property
+    def slack(self) -> Tensor: ...
+    @property
+    def inputs(self) -> Tensor: ...
+    @property
+    def earlier(self) -> Tensor: ...
+    @property
+    def size(self) -> Tensor: ...
+    @property
+    def peak(self) -> Tensor: ...
+    @property
+    def lines(self) -> Lines: ...
+
+
+def upper_bounds(
+    layers: Sequence[Relaxed],
+    region: Region,
+    center: Tensor,  # (rows,)
+    inputs: Tensor,  # (rows, inputs)
+    gates: Tensor,  # (rows, gates of the layers)
+) -> Tensor:  # (rows,)
+    """At least the largest `center + inputs d + gates p` over the region."""
+    total, g = linear_upper_bounds(layers, region, center, inputs, gates)
+    return total + region.support(g)
+
+
+def linear_upper_bounds(
+    layers: Sequence[Relaxed],
+    region: Region,
+    center: Tensor,  # (rows,)
+    inputs: Tensor,  # (rows, inputs)
+    gates: Tensor,  # (rows, gates of the layers)
+) -> tuple[Tensor, Tensor]:
+    """`total` and `g` with `center + inputs d + gates p <= total + g d` on the region, the rounding of all that is computed here in `total`."""
+    constant, g, c = center, inputs, gates
+    size = center.abs() + inputs.abs() @ region.reach
+    terms, stop = inputs.shape[1] + 16, gates.shape[1]
+    for layer in reversed(layers):
+        start = stop - len(layer.center)
+        above, below = c[:, start:stop].clamp(min=0), c[:, start:stop].clamp(max=0)
+        lines = layer.lines
+        weight = above * lines.high_slope + below * lines.low_slope
+        constant = constant + above @ lines.high_shift + below @ lines.low_shift + weight @ layer.center + weight.abs() @ layer.slack
+        size = size + gates[:, start:stop].abs() @ layer.peak + weight.abs() @ layer.size + above @ lines.high_shift.abs() - below @ lines.low_shift.abs()
+        g, c = g + weight @ layer.inputs, c[:, :start] + weight @ layer.earlier
+        terms, stop = terms + 2 * (stop - start) + 8, start
+    return constant + 2 * gamma(terms) * size, g

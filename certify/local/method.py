@@ -1,0 +1,118 @@
+"""`Local(...)`: the Lipschitz constant of a network on a ball or a box, from bounds of its Jacobians there."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certify.bound import Array, Assumption, Ball, Bound, Domain, Everywhere
+from certify.errors import CertifyError, Unsupported
+from certify.graph import Graph
+from certify.local.clarke import Jacobian, bound_jacobian
+from certify.local.condense import condense
+from certify.local.program import Program
+from certify.local.region import Region
+from certify.methods import Layerwise, LipschitzMethod
+from certify.rounding import multiply_up, up
+from certify.spectral import largest_singular_value
+from sdp.proof import gamma
+
+_programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary()
+_DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(LipschitzMethod):
+    """Bounds of all Clarke Jacobians on a Ball or a Box: the largest norm of any of them is the Lipschitz constant there (Shi et al. 2022).
+
+    `norm` is that of the inputs, and by default that of the Ball (l-infinity on a Box): from l2 to l2, from l1 to l2, and from l-infinity to l-infinity. The
+    ranges of all gates come from linear relaxations (CROWN), and everything is computed among the gates that these leave undecided. `pairs` bounds the
+    difference of any two outputs on its own. In float64, with the rounding of every step added; from l2 to l2 never above the product of the layers, where that
+    is known. `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError where that is not enough.
+    """
+
+    norm: float | None = None
+    pairs: bool = True
+    memory: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.norm not in (None, 1, 2, math.inf):
+            raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
+        if not self.memory > 0:
+            raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
+
+    def bound(self, graph: Graph, domain: Domain) -> Bound:
+        if isinstance(domain, Everywhere):
+            raise CertifyError("a local bound is for inputs near each other; pass domain=certify.Ball(x, radius, p) or certify.Box(low, high)")
+        norm = self.norm if self.norm is not None else domain.p if isinstance(domain, Ball) else math.inf
+        program = program_of(graph)
+        region = Region.of(domain, math.prod(graph.input_shape))
+        single = torch.eye(program.outputs, dtype=torch.float64)
+        differences = list(itertools.combinations(range(program.outputs), 2)) if self.pairs else []
+        rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
+        jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32)))
+        of_rows = jacobian.row_norms(_DUAL[norm])
+        value = _of_network(jacobian, of_rows, program.outputs, norm)
+        layers = _layerwise(graph) if norm == 2 else None
+        used = value if layers is None else min(value, layers.value)
+        return Bound(
+            value=used,
+            method=repr(self),
+            norm=(norm, math.inf if norm == math.inf else 2),
+            domain=domain,
+            assumptions=frozenset({Assumption.FLOAT64_LINALG}) | (frozenset() if layers is None else layers.assumptions),
+            evidence={"gates": jacobian.condensed.total, "undecided": jacobian.condensed.undecided, "layerwise": None if layers is None else layers.value},
+            parts=layers.parts if layers is not None and used < value else (),
+            pairs=_pairs(used, of_rows[program.outputs :].numpy(), differences, program.outputs, norm),
+        )
+
+
+def program_of(graph: Graph) -> Program:
+    """The program of a network, made once. Raises Unsupported that names every operation that has no form as affine steps and gates."""
+    if graph not in _programs:
+        _programs[graph] = Program.of(graph.double, graph.input_shape)
+    return _programs[graph]
+
+
+def spectral_norm(low: Tensor, high: Tensor) -> float:
+    """At least the spectral norm of every matrix between the two: that of their middle, and that of the distance to it, entry by entry."""
+    middle, half = (low / 2 + high / 2).numpy(), (high / 2 - low / 2).numpy()
+    reach = half * (1 + gamma(4)) + np.abs(middle) * gamma(4) + 2.0**-1000
+    return up(largest_singular_value(middle) + largest_singular_value(reach))
+
+
+def _of_network(jacobian: Jacobian, of_rows: Tensor, outputs: int, norm: float) -> float:
+    """The constant of all outputs together."""
+    of_rows = of_rows[:outputs]
+    if norm == math.inf:
+        return float(of_rows.max())
+    low, high = (end[:outputs] for end in jacobian.range)
+    together = float(torch.linalg.vector_norm(of_rows)) * (1 + 2 * gamma(outputs + 8))
+    if norm == 1:
+        largest = torch.maximum(low.abs(), high.abs())
+        return float(torch.linalg.vector_norm(largest, dim=0).max()) * (1 + 2 * gamma(outputs + 8)) + 2.0**-500
+    return min(together, spectral_norm(low, high))
+
+
+def _layerwise(graph: Graph) -> Bound | None:
+    try:
+        return Layerwise().bound(graph, Everywhere())
+    except Unsupported:
+        return None
+
+
+def _pairs(value: float, of_differences: Array, which: list[tuple[int, int]], outputs: int, norm: float) -> Array | None:
+    """A constant for each difference of two outputs; what follows from that of the network where it is smaller."""
+    if outputs < 2:
+        return None
+    found = np.full((outputs, outputs), multiply_up(2.0 if norm == math.inf else up(math.sqrt(2)), value))
+    np.fill_diagonal(found, 0.0)
+    for (i, j), constant in zip(which, of_differences, strict=True):
+        found[i, j] = found[j, i] = min(found[i, j], float(constant))
+    return found

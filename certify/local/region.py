@@ -1,0 +1,59 @@
+"""Where a local bound holds: inputs in a box, in a ball, or in both."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certify.bound import Ball, Box, Domain
+from certify.errors import CertifyError
+from sdp.proof import gamma
+
+_TINY = 2.0**-500  # far above what squares and products lose by underflow
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Region:
+    """The inputs `center + d` with `low <= d <= high`, and `|d|_p <= radius` where there is a ball. Float64, flat; convex, and the center is in it."""
+
+    center: Tensor  # (inputs,)
+    low: Tensor  # (inputs,), not positive
+    high: Tensor  # (inputs,), not negative
+    radius: float = math.inf
+    p: float = math.inf
+
+    @classmethod
+    def of(cls, domain: Domain, inputs: int) -> Region:
+        """The region of a Ball in l1, l2 or l-infinity, or of a Box. Raises CertifyError for any other domain, and for one of another size."""
+        if isinstance(domain, Ball) and domain.center.size == inputs and domain.p in (1, 2, math.inf):
+            center = torch.from_numpy(np.array(domain.center, dtype=np.float64).ravel())
+            reach = torch.full_like(center, domain.radius)
+            return cls(center, -reach, reach, domain.radius if domain.p != math.inf else math.inf, domain.p)
+        if isinstance(domain, Box) and domain.low.size == inputs and np.isfinite(domain.low).all() and np.isfinite(domain.high).all():
+            low, high = (torch.from_numpy(np.array(end, dtype=np.float64).ravel()) for end in (domain.low, domain.high))
+            center = low / 2 + high / 2
+            infinity = torch.tensor(math.inf, dtype=torch.float64)
+            return cls(center, torch.nextafter(low - center, -infinity).clamp(max=0), torch.nextafter(high - center, infinity).clamp(min=0))
+        raise CertifyError(f"a local bound is on a finite Box, or a Ball in l1, l2 or l-infinity, of {inputs} inputs, got {domain}")
+
+    @property
+    def reach(self) -> Tensor:
+        """The largest `|d|`, entry by entry."""
+        return torch.maximum(-self.low, self.high)
+
+    def support(self, g: Tensor) -> Tensor:  # (..., inputs) -> (...)
+        """At least the largest `g d` over the region."""
+        inputs = g.shape[-1]
+        room = 2 * gamma(inputs + 6)
+        size = g.abs()
+        box = (torch.where(g > 0, self.high, self.low) * g).sum(-1)
+        box = box + room * (size @ self.reach) + _TINY
+        if not math.isfinite(self.radius):
+            return box
+        dual = math.inf if self.p == 1 else 2
+        ball = torch.linalg.vector_norm(size, ord=dual, dim=-1) * self.radius
+        return torch.minimum(box, ball * (1 + room) + _TINY * max(1.0, self.radius))
