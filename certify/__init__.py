@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from certify.graph import Graph as Graph
     from certify.lipsdp import LipSDP as LipSDP
     from certify.local.method import Local as Local
+    from certify.local.radius import LocalMargin as LocalMargin
     from certify.lowrank import LowRank as LowRank
     from certify.margins import Margin as Margin
     from certify.margins import robustness as robustness
@@ -46,7 +47,7 @@ _HOME = {
     "LipSDPFrequency": "frequency",
     "Graph": "graph",
     "LipSDP": "lipsdp",
-    "Local": "local.method",
+    "Local": "local.method", "LocalMargin": "local.radius",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
     "LowRank": "lowrank",

@@ -39,6 +39,7 @@ class Assumption(enum.Enum):
         "that is tried on some batches, not proved."
     )
     PUBLISHED_LOG = "The log states what its code computed, with the setting that is given here; it has no counts, so nothing was computed again."
+    INPUT_RANGE = "Only inputs whose entries all lie in the stated range are considered; others may be nearer and are not."
     EVAL_MODE = "The network runs in eval mode, as it did when it was certified."
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
-import time
-from collections.abc import Mapping
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.fx
+from torch import nn
 
 import lipnet
-from certify.bound import Array, Assumption
-from certify.certificate import Certificate
-from certify.data import Dataset
+from certify.bound import Array
 from certify.errors import CertifyError, Problem
 from certify.graph import Graph
-from certify.margins import RobustnessMethod, logits
+from certify.singly import OneByOne
 from certify.spectral import as_float64
 from sdp import burer_monteiro
 from sdp import lowrank as interior_point
@@ -38,7 +34,7 @@ _ROUNDS, _STEPS = 12, 12  # of the attack
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRank(RobustnessMethod):
+class LowRank(OneByOne[ReLUNetwork]):
     """No other class has a larger logit anywhere in a ball: each margin is bounded below by a semidefinite relaxation (Raghunathan, Steinhardt & Liang 2018).
 
     The relaxation is the one that Chiu & Zhang (2023) solve at low rank, with pre-activation bounds and chords. A solver proposes its multipliers, an
@@ -47,6 +43,7 @@ class LowRank(RobustnessMethod):
     size; what is reported was proved, for each class at that radius or at a larger one.
     """
 
+    name: ClassVar[str] = "lowrank"
     radius: float | None = None
     norm: float = 2.0  # 2 or inf
     tolerance: float = 0.01  # of the search, relative
@@ -67,28 +64,8 @@ class LowRank(RobustnessMethod):
         if self.solver not in tuple(SOLVERS):
             raise CertifyError(f"the multipliers of LowRank are proposed by {' or '.join(map(repr, SOLVERS))}, got solver={self.solver!r}")
 
-    def certify(self, net: nn.Module, inputs: Tensor) -> Certificate:
-        graph = Graph.of(net, tuple(inputs.shape[1:]))
-        network = relu_network(graph)
-        z = logits(graph, inputs)
-        found = [self.around(network, as_float64(x).ravel(), row) for x, row in zip(inputs, z, strict=True)]
-        prediction, runner_up, radius = (
-            (np.array(values) for values in zip(*found, strict=True)) if found else (np.zeros(0, dtype=np.int64),) * 2 + (np.zeros(0),)
-        )
-        return Certificate(
-            prediction=prediction,
-            runner_up=runner_up,
-            abstained=prediction < 0,
-            radius=radius,
-            norm=self.norm,
-            method=repr(self),
-            assumptions=self.assumptions,
-        )
-
-    @property
-    def assumptions(self) -> frozenset[Assumption]:
-        """What the certificates take for granted."""
-        return frozenset({Assumption.REAL_ARITHMETIC, Assumption.FLOAT64_LINALG, Assumption.EVAL_MODE})
+    def see(self, graph: Graph) -> ReLUNetwork:
+        return relu_network(graph)
 
     def around(
         self,
@@ -113,7 +90,7 @@ class LowRank(RobustnessMethod):
         radius: float,
     ) -> bool:
         """Whether the prediction is proved not to change in the closed ball of this radius."""
-        return bool(np.isfinite(z).all()) and _Balls(self, network, x, z).holds(radius)
+        return bool(np.isfinite(z).all()) and _Balls(dataclasses.replace(self, radius=None), network, x, z).holds(radius)
 
 
 class _Balls:
@@ -294,62 +271,3 @@ def _per_entry(values: Array, shape: tuple[int, ...]) -> Array:
     """One number, or one per channel, for each entry of an input."""
     column = values.reshape(-1, *(1,) * (len(shape) - 1))
     return np.ascontiguousarray(np.broadcast_to(column, shape)).ravel()
-
-
-def row(method: LowRank, graph: Graph, network: ReLUNetwork, dataset: Dataset, index: int) -> dict[str, Any]:
-    """The row of a results folder for one input."""
-    start = time.perf_counter()
-    x, z = _at(graph, dataset, index)
-    prediction, runner_up, radius = method.around(network, x, z)
-    return {
-        "schema": 1,
-        "index": index,
-        "label": int(dataset.labels[index]),
-        "prediction": prediction,
-        "runner_up": runner_up,
-        "method": "lowrank",
-        "norm": f"{method.norm:g}",
-        "radius": radius,
-        "status": _status(prediction, int(dataset.labels[index])),
-        "guarantee": "proof",
-        "seconds": round(time.perf_counter() - start, 6),
-    }
-
-
-def contradictions(method: LowRank, graph: Graph, network: ReLUNetwork, dataset: Dataset, row: Mapping[str, Any], tolerance: float) -> list[str]:
-    """What a row claims and a new proof does not give; its radius may be smaller than what could be proved."""
-    index, radius = row["index"], row.get("radius")
-    x, z = _at(graph, dataset, index)
-    prediction = int(np.argmax(z)) if np.isfinite(z).all() else -1
-    label = int(dataset.labels[index])
-    known = {"label": label, "prediction": prediction, "status": _status(prediction, label)}
-    known |= {"method": "lowrank", "norm": f"{method.norm:g}", "guarantee": "proof"}
-    wrong = [f"input {index}: {key} is stored as {row.get(key)!r}, the proof gives {value!r}" for key, value in known.items() if row.get(key) != value]
-    if isinstance(radius, bool) or not isinstance(radius, float | int) or not (radius >= 0 and math.isfinite(radius)):
-        return [*wrong, f"input {index}: the radius is stored as {radius!r}, which no proof gives"]
-    if radius > 0 and not dataclasses.replace(method, radius=None).proved(network, x, z, radius * (1 - tolerance)):
-        wrong.append(f"input {index}: the radius is stored as {radius!r}, and the proof does not reach it")
-    return wrong
-
-
-def method_of(manifest: Mapping[str, Any]) -> LowRank:
-    """The method that the manifest of a run names. Raises CertifyError where it names none."""
-    text = str(manifest.get("method"))
-    try:
-        call = ast.parse(text, mode="eval").body
-        if isinstance(call, ast.Call) and ast.unparse(call.func) == LowRank.__name__ and not call.args:
-            options: dict[str, Any] = {word.arg or "": math.inf if ast.unparse(word.value) == "inf" else ast.literal_eval(word.value) for word in call.keywords}
-            return LowRank(**options)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
-        pass
-    raise CertifyError(f"the manifest's method {text[:80]!r} is not the printed form of one of this version; make the folder again with certify run")
-
-
-def _at(graph: Graph, dataset: Dataset, index: int) -> tuple[Array, Array]:
-    """An input and its logits."""
-    x = torch.from_numpy(dataset.inputs[index : index + 1])
-    return as_float64(x).ravel(), logits(graph, x)[0]
-
-
-def _status(prediction: int, label: int) -> str:
-    return "abstained" if prediction < 0 else "certified" if prediction == label else "misclassified"

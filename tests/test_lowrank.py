@@ -626,6 +626,6 @@ def test_check_finds_a_changed_manifest(model, tmp_path, capsys):
 
 def test_flags_of_other_methods_are_refused(model, tmp_path, capsys):
     assert main(["run", model, "digits", "-o", str(tmp_path / "a"), "--radius", "0.1"]) == 2
-    assert "--radius is for --method lowrank" in capsys.readouterr().err
+    assert "--radius is for --method local or lowrank" in capsys.readouterr().err
     assert main(["run", model, "digits", "-o", str(tmp_path / "a"), "--method", "lowrank", "--sigma", "0.1"]) == 2
     assert "--sigma is for --method smoothing" in capsys.readouterr().err

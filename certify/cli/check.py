@@ -134,7 +134,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
                 f"{args.folder}: the {what} has sha256 {found[:12]}, the results are of {stored[:12]}; name the file that was certified with {where}"
             )
     again = _counts if _counted(manifest) else _proof
-    again = _relaxations if str(manifest.get("method")).startswith("LowRank(") else again
+    again = _one_by_one if str(manifest.get("method")).startswith(("LowRank(", "LocalMargin(")) else again
     again = _attacks if manifest["guarantee"] == "attack" else again
     known = {
         "model.parameters": model.parameters,
@@ -184,20 +184,22 @@ def _proof(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model
     return f"bound and {len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
 
 
-def _relaxations(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
+def _one_by_one(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
     """Each radius by a new proof at that radius."""
     from certify.graph import Graph
-    from certify.lowrank import contradictions, method_of, relu_network
+    from certify.local.radius import LocalMargin
+    from certify.lowrank import LowRank
+    from certify.singly import contradictions, method_of
 
-    method, graph = method_of(manifest), Graph.of(model.net, model.shape)
-    network, selected = relu_network(graph), set(manifest["selection"])
+    method, graph = method_of(manifest, (LowRank, LocalMargin)), Graph.of(model.net, model.shape)
+    seen, selected = method.see(graph), set(manifest["selection"])
     told = {"norm": f"{method.norm:g}", "guarantee": "proof", "failure": 0.0, "assumptions": sorted(a.name for a in method.assumptions)}
     wrong = [f"the manifest has {name} {manifest.get(name)!r}, its method has {value!r}" for name, value in told.items() if manifest.get(name) != value]
     for row in rows:
         if row["index"] not in selected or not 0 <= row["index"] < len(dataset):
             wrong.append(f"input {row['index']} is not among those that were selected")
         else:
-            wrong += contradictions(method, graph, network, dataset, row, _TOLERANCE)
+            wrong += contradictions(method, graph, seen, dataset, row, _TOLERANCE)
         advance(1)
     return f"{len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
 

@@ -20,7 +20,8 @@ EPILOG = """examples:
   certify lipschitz runs/demo/bro.safetensors --layers
   certify lipschitz net.safetensors --method lipsdp
   certify lipschitz cnn.safetensors --method frequency
-  certify lipschitz net.safetensors --method lipsdp --norm inf --around digits --index 3 --radius 0.1"""
+  certify lipschitz net.safetensors --method lipsdp --norm inf --around digits --index 3 --radius 0.1
+  certify lipschitz cnn.safetensors --method local --norm inf --around digits --index 3 --radius 2/255"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     parser.add_argument(
         "--method",
-        choices=["layerwise", "lipsdp", "frequency"],
+        choices=["layerwise", "lipsdp", "frequency", "local"],
         default="layerwise",
         help="layerwise: products along chains, sums over branches; lipsdp: a semidefinite program over the whole network, never looser; "
-        "frequency: the same for convolutional chains, one program for all frequencies, at sizes that lipsdp cannot hold (docs/lipsdp.md)",
+        "frequency: the same for convolutional chains, one program for all frequencies, at sizes that lipsdp cannot hold (docs/lipsdp.md); "
+        "local: of all Jacobians around one input (docs/local.md)",
     )
     add_lipsdp(parser.add_argument_group("with --method lipsdp"))
     parser.add_argument("--save-proof", type=pathlib.Path, metavar="FILE", help="with --method lipsdp: write what sdp/check.py needs to check the number alone")
-    around = parser.add_argument_group("with --method lipsdp, around one input")
+    around = parser.add_argument_group("with --method lipsdp or local, around one input")
     around.add_argument("--around", metavar="DATA", help="a data set: the bound is for the ball around one of its inputs")
     around.add_argument("--index", type=int, default=0, metavar="I", help="which input (default 0)")
     around.add_argument("--radius", type=radius, metavar="R", help="of the ball, in the norm of --norm")
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     console = out()
     p, q = bound.norm
-    how = _lipsdp_text(bound) if args.method == "lipsdp" else bound.method
+    how = {"lipsdp": _lipsdp_text, "local": _local_text}.get(args.method, lambda bound: bound.method)(bound)
     console.print(f"{model.spec}   Lipschitz constant at most {up_text(bound.value)} (l{p:g} to l{q:g}, {where}; proof, {how})", soft_wrap=True, markup=False)
     if bound.pairs is not None:
         console.print(f"  differences of two outputs: at most {up_text(float(bound.pairs.max()))}")
@@ -79,13 +81,18 @@ def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
     """By the method that was asked for, with its progress."""
     from certify.cli.console import live
     from certify.frequency import LipSDPFrequency
+    from certify.local.method import Local
     from certify.methods import Layerwise, lipschitz
 
     if args.method != "lipsdp":
-        made = Layerwise() if args.method == "layerwise" else LipSDPFrequency(args.tolerance, args.seconds)
+        made: LipschitzMethod = Layerwise()
+        if args.method == "frequency":
+            made = LipSDPFrequency(args.tolerance, args.seconds)
+        elif args.method == "local":
+            made = Local(float(args.norm), pairs=not args.no_pairs)
         return lipschitz(model.net, made, input_shape=model.shape, domain=domain)
     with live() as say:
-        method: LipschitzMethod = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
+        method = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
         return lipschitz(model.net, method, input_shape=model.shape, domain=domain)
 
 
@@ -109,9 +116,11 @@ def _domain(args: argparse.Namespace, model: Model) -> tuple[Domain, str]:
     if args.around is None:
         if args.radius is not None:
             raise CertifyError("--radius is of a ball around an input; name the data set with --around, such as --around digits --index 3")
+        if args.method == "local":
+            raise CertifyError("--method local is for inputs near each other; name a ball with --around, such as --around digits --index 3 --radius 0.1")
         return Everywhere(), "everywhere"
-    if args.method != "lipsdp" or args.radius is None:
-        raise CertifyError("--around needs --method lipsdp and --radius R; the other methods have no local bound")
+    if args.method not in ("lipsdp", "local") or args.radius is None:
+        raise CertifyError("--around needs --method lipsdp or local, and --radius R; the other methods have no local bound")
     dataset = data.load(args.around, model.shape)
     if not 0 <= args.index < len(dataset):
         raise CertifyError(f"{args.around} has the inputs 0 to {len(dataset) - 1}, got --index {args.index}")
@@ -137,6 +146,15 @@ def _lipsdp_text(bound: Bound) -> str:
         parts.append(f"within {100 * about['gap']:.1g} % of the program's optimum")
     parts.append(f"layer by layer, everywhere and from l2, {up_text(about['layerwise'])}")
     return ", ".join(parts)
+
+
+def _local_text(bound: Bound) -> str:
+    """How the number came about."""
+    from certify.text import up_text
+
+    about = bound.evidence
+    layers = "" if about["layerwise"] is None else f", layer by layer and everywhere {up_text(about['layerwise'])}"
+    return f"all Jacobians there, {about['undecided']} of {about['gates']} gates undecided{layers}"
 
 
 def _layers(args: argparse.Namespace, model: Model, bound: Bound) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, add_selection, load_model, radius, shard_here
+from certify.cli.arguments import add_json, add_model, add_radii, add_selection, load_model, numbers, radius, shard_here
 from certify.cli.noises import add_noise, given_options, noise_of
 from certify.cli.report import show
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from certify.graph import Graph
     from certify.margins import Margin
     from certify.models import Model
+    from certify.singly import OneByOne
 
 HELP = "Certify the predictions of a model on a data set; can be stopped and repeated, and split into shards."
 EPILOG = """examples:
@@ -39,9 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", required=True, type=pathlib.Path, help="the results folder; an unfinished one is resumed")
     parser.add_argument(
         "--method",
-        choices=["margin", "smoothing", "lowrank"],
+        choices=["margin", "local", "smoothing", "lowrank"],
         default="margin",
-        help="margin: a proved Lipschitz bound of the network and its margins; smoothing: any classifier, with noise on its inputs; "
+        help="margin: a proved Lipschitz bound of the network and its margins; local: bounds around each input, for networks trained in any way; "
+        "smoothing: any classifier, with noise on its inputs; "
         "lowrank: a small network of linear layers and relu, with a semidefinite relaxation around each input",
     )
     add_selection(parser)
@@ -53,12 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quiet", action="store_true", help="do not print the table")
     _add_smoothing(parser.add_argument_group("with --method smoothing"))
-    group = parser.add_argument_group("with --method lowrank (and --norm, as above)")
+    group = parser.add_argument_group("with --method local or lowrank (and --norm, as above)")
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
+    group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
+    group.add_argument("--within", type=numbers, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
         "--proposer",
         choices=["interior-point", "burer-monteiro"],
-        help="what proposes the multipliers that are proved: an interior-point method (the default), or factors of low rank, in less memory",
+        help="lowrank: what proposes the multipliers that are proved: an interior-point method (the default), or factors of low rank, in less memory",
     )
     add_radii(parser)
     add_json(parser)
@@ -109,14 +113,15 @@ def run(args: argparse.Namespace) -> int:
         raise CertifyError(f"{found[0]} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
     if args.method != "margin" and args.bound != "layerwise":
         raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
-    if args.method != "lowrank" and args.radius is not None:
-        raise CertifyError(f"--radius is for --method lowrank, and the method is {args.method}; --eps chooses the radii of the table")
-    if args.method != "lowrank" and args.proposer is not None:
-        raise CertifyError(f"--proposer is for --method lowrank, and the method is {args.method}; say which of the two is meant")
+    if args.method not in ("lowrank", "local") and args.radius is not None:
+        raise CertifyError(f"--radius is for --method local or lowrank, and the method is {args.method}; --eps chooses the radii of the table")
+    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("within", "local")):
+        if args.method != method and getattr(args, option) is not None:
+            raise CertifyError(f"--{option} is for --method {method}, and the method is {args.method}; say which of the two is meant")
     model = load_model(args)
     shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
     dataset = data.load(args.data, shape)
-    prepare = {"margin": _margin, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
+    prepare = {"margin": _margin, "local": _local, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
     manifest = {**manifest_of(model, dataset, selection_of(args, len(dataset))), **facts}
     with Folder(args.output, manifest, args.shard or shard_here()) as folder:
@@ -209,26 +214,40 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
 
 
 def _lowrank(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
-    """The method, for the manifest, and what makes rows with it."""
+    """A semidefinite relaxation around each input."""
     from certify.errors import CertifyError
-    from certify.graph import Graph
-    from certify.lowrank import LowRank, relu_network, row
+    from certify.lowrank import LowRank
 
-    norm = args.norm or "2"
-    if norm == "1":
+    if args.norm == "1":
         raise CertifyError("--method lowrank has radii in l2 and in the maximum norm, got --norm 1")
-    method, graph = LowRank(args.radius, float(norm), solver=args.proposer or LowRank.solver), Graph.of(model.net, model.shape)
-    network = relu_network(graph)
+    return _one_by_one(LowRank(args.radius, float(args.norm or 2), solver=args.proposer or LowRank.solver), model, dataset)
+
+
+def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
+    """Bounds of margins and of their gradients around each input."""
+    from certify.local.radius import LocalMargin
+
+    within = None if args.within is None else (args.within[0], args.within[1])
+    return _one_by_one(LocalMargin(args.radius, float(args.norm or 2), args.steps or LocalMargin.steps, within), model, dataset)
+
+
+def _one_by_one(method: OneByOne[Any], model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
+    """The method, for the manifest, and what makes rows with it."""
+    from certify.graph import Graph
+    from certify.singly import row
+
+    graph = Graph.of(model.net, model.shape)
+    seen = method.see(graph)
     facts = {
         "method": repr(method),
-        "norm": norm,
+        "norm": f"{method.norm:g}",
         "guarantee": "proof",
         "failure": 0.0,
         "assumptions": sorted(assumption.name for assumption in method.assumptions),
         "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
         "dtype": "weights as stored, bounded in float64",
     }
-    return facts, lambda pending: ([row(method, graph, network, dataset, index)] for index in pending)
+    return facts, lambda pending: ([row(method, graph, seen, dataset, index)] for index in pending)
 
 
 def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[int]) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from certify.spectral import largest_singular_value
 from sdp.proof import gamma
 
 _programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary()
-_DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
+DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Local(LipschitzMethod):
         differences = list(itertools.combinations(range(program.outputs), 2)) if self.pairs else []
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
         jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32)))
-        of_rows = jacobian.row_norms(_DUAL[norm])
+        of_rows = jacobian.row_norms(DUAL[norm])
         value = _of_network(jacobian, of_rows, program.outputs, norm)
         layers = _layerwise(graph) if norm == 2 else None
         used = value if layers is None else min(value, layers.value)

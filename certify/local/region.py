@@ -40,6 +40,17 @@ class Region:
             return cls(center, torch.nextafter(low - center, -infinity).clamp(max=0), torch.nextafter(high - center, infinity).clamp(min=0))
         raise CertifyError(f"a local bound is on a finite Box, or a Ball in l1, l2 or l-infinity, of {inputs} inputs, got {domain}")
 
+    def clipped(self, smallest: float, largest: float) -> Region:
+        """The inputs of the region with all entries in a range. Raises CertifyError where the center is outside of it."""
+        if not (smallest <= float(self.center.min()) and float(self.center.max()) <= largest):
+            raise CertifyError(
+                f"the input has entries from {float(self.center.min()):g} to {float(self.center.max()):g}, outside of [{smallest:g}, {largest:g}]"
+            )
+        infinity = torch.tensor(math.inf, dtype=torch.float64)
+        low = torch.maximum(self.low, torch.nextafter(smallest - self.center, -infinity)).clamp(max=0)
+        high = torch.minimum(self.high, torch.nextafter(largest - self.center, infinity)).clamp(min=0)
+        return dataclasses.replace(self, low=low, high=high)
+
     @property
     def reach(self) -> Tensor:
         """The largest `|d|`, entry by entry."""

@@ -1,0 +1,171 @@
+"""`LocalMargin(...)`: certified radii of any network that `Local` sees through, from bounds of the margins and of their gradients in growing balls."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from certify.bound import Array, Assumption, Ball, Everywhere
+from certify.errors import CertifyError, Unsupported
+from certify.graph import Graph
+from certify.local.clarke import bound_jacobian
+from certify.local.condense import condense
+from certify.local.crown import upper_bounds
+from certify.local.method import DUAL, program_of
+from certify.local.program import Program
+from certify.local.region import Region
+from certify.methods import Layerwise
+from certify.rounding import multiply_up, up
+from certify.singly import OneByOne
+
+_HALVINGS = 3
+_GROWTH = 1.5  # of a step, where the radius is beyond what the first order says
+_FARTHEST = 1e9
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Seen:
+    """A network, and constants of the differences of its outputs that hold everywhere."""
+
+    program: Program
+    everywhere: Array | None  # (outputs, outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalMargin(OneByOne[Seen]):
+    """No other class has a larger logit anywhere in a ball: every margin is followed from the input outwards, ball by ball, and stays positive.
+
+    From a ball to the next larger one a margin falls by at most the difference of their radii times a bound of its gradient in the larger (the staircase of
+    RecurJac, Zhang et al. 2019), and is at least what linear relaxations (CROWN) prove of it there, and what the layers' norms prove everywhere; the largest of
+    the three is kept. The balls grow by one of `steps` parts of the radius that the gradient at the input would give. With a `radius`, the search ends there.
+    `within` leaves out all inputs with entries outside of a range. Norms: 1, 2 and inf. `seconds` are for each input: what is proved by then is the radius.
+    """
+
+    name: ClassVar[str] = "local"
+    radius: float | None = None
+    norm: float = 2.0
+    steps: int = 8
+    within: tuple[float, float] | None = None
+    memory: float = 4.0  # GiB
+    seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.norm not in (1, 2, math.inf):
+            raise CertifyError(f"LocalMargin is for norm=1, 2 and math.inf, got {self.norm}")
+        if self.radius is not None and not (self.radius >= 0 and math.isfinite(self.radius)):
+            raise CertifyError(f"a radius is finite and not negative, got radius={self.radius}; leave it out to search for the largest")
+        if self.steps < 1 or not self.memory > 0 or not self.seconds > 0:
+            raise CertifyError(f"at least one step, and positive memory and seconds are needed, got {self.steps}, {self.memory} GiB and {self.seconds} seconds")
+        if self.within is not None and not (len(self.within) == 2 and -math.inf < self.within[0] < self.within[1] < math.inf):
+            raise CertifyError(f"within is the smallest and the largest entry that an input can have, such as (0, 1), got {self.within}")
+
+    def see(self, graph: Graph) -> Seen:
+        try:
+            bound = Layerwise().bound(graph, Everywhere())
+        except Unsupported:
+            bound = None
+        program = program_of(graph)
+        if program.outputs < 2:
+            raise CertifyError(f"a classifier returns at least two numbers for an input, this network returns {program.outputs}")
+        if bound is None or self.norm == math.inf:
+            return Seen(program, None)
+        pairs = np.full((program.outputs, program.outputs), multiply_up(up(math.sqrt(2)), bound.value)) if bound.pairs is None else bound.pairs
+        return Seen(program, pairs)  # from l2, and so from l1, in which differences are no smaller
+
+    @property
+    def assumptions(self) -> frozenset[Assumption]:
+        return super().assumptions | (frozenset() if self.within is None else {Assumption.INPUT_RANGE})
+
+    def around(self, seen: Seen, x: Array, z: Array) -> tuple[int, int, float]:
+        if not np.isfinite(z).all():
+            return -1, -1, 0.0
+        walk = _Walk(self, seen, x, int(np.argmax(z)))
+        reached = walk.to(math.inf if self.radius is None else math.nextafter(self.radius, math.inf))
+        return walk.prediction, walk.limit, reached if self.radius is None or reached > self.radius else 0.0
+
+    def proved(self, seen: Seen, x: Array, z: Array, radius: float) -> bool:
+        whole = dataclasses.replace(self, seconds=math.inf)
+        return bool(np.isfinite(z).all()) and _Walk(whole, seen, x, int(np.argmax(z))).to(radius) >= radius
+
+
+class _Walk:
+    """The margins of one input, in balls that grow."""
+
+    def __init__(self, method: LocalMargin, seen: Seen, x: Array, prediction: int) -> None:
+        self.method, self.program, self.x, self.prediction = method, seen.program, x, prediction
+        self.others = [j for j in range(seen.program.outputs) if j != prediction]
+        unit = torch.eye(seen.program.outputs, dtype=torch.float64)
+        self.rows = unit[prediction] - unit[self.others]
+        everywhere = np.full(len(self.others), math.inf) if seen.everywhere is None else seen.everywhere[prediction, self.others]
+        self.everywhere = torch.from_numpy(np.ascontiguousarray(everywhere))
+        self.limit = self.others[0]
+
+    def to(self, goal: float) -> float:
+        """The largest radius that is proved, up to a goal: the margins are positive at every point nearer than that, and at `goal` too where it is reached."""
+        margins, slopes = self.in_ball(0.0)
+        if not bool((margins > 0).all()):
+            return self._limited(margins, slopes, 0.0)
+        if math.isfinite(goal) and (found := self._tried(goal)) is not None and bool((found[0] > 0).all()):
+            return goal
+        start, end = margins, time.monotonic() + self.method.seconds
+        first = float((margins / slopes.clamp(min=1e-300)).min())
+        step = min(first, 1.0 if math.isinf(first) else first) / self.method.steps
+        radius, best, halvings, taken = 0.0, 0.0, 0, 0
+        while radius < min(goal, _FARTHEST) and time.monotonic() < end:
+            target = min(radius + step, goal)
+            step = target - radius
+            if not radius < target:
+                break
+            found = self._tried(target)
+            if found is not None:
+                below, slopes = found
+                slopes = torch.minimum(slopes, self.everywhere)
+                fallen = _down(margins - _up(slopes * step))
+                after = torch.maximum(torch.maximum(below, fallen), _down(start - _up(self.everywhere * target)))
+                if bool((after > 0).all()):
+                    radius, margins, taken = target, after, taken + 1
+                    step *= _GROWTH if taken > 2 * self.method.steps else 1.0
+                    continue
+                best = max(best, self._limited(margins, slopes, radius))
+            halvings += 1
+            if halvings > _HALVINGS:
+                break
+            step /= 2
+        return max(best, radius)
+
+    def _limited(self, margins: Tensor, slopes: Tensor, radius: float) -> float:
+        """How far the margins reach from a ball with these slopes; notes which comes to an end first."""
+        reach = margins / slopes.clamp(min=1e-300)
+        first = int(reach.argmin())
+        self.limit = self.others[first]
+        return max(0.0, math.nextafter(radius + math.nextafter(float(reach[first]), -math.inf), -math.inf)) if float(reach[first]) > 0 else 0.0
+
+    def _tried(self, radius: float) -> tuple[Tensor, Tensor] | None:
+        """None for a ball that leaves too many gates undecided for the memory."""
+        try:
+            return self.in_ball(radius)
+        except CertifyError:
+            return None
+
+    def in_ball(self, radius: float) -> tuple[Tensor, Tensor]:
+        """At most the smallest margin to each other class in the closed ball, and at least its Lipschitz constant there."""
+        region = Region.of(Ball(self.x, radius, self.method.norm), self.x.size)
+        if self.method.within is not None:
+            region = region.clipped(*self.method.within)
+        condensed = condense(self.program, region, self.rows, limit=int(self.method.memory * 2**30 / 32))
+        below = -upper_bounds(condensed.layers, region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
+        return _down(below), bound_jacobian(condensed).row_norms(DUAL[self.method.norm])
+
+
+def _down(values: Tensor) -> Tensor:
+    return torch.nextafter(values, torch.tensor(-math.inf, dtype=torch.float64))
+
+
+def _up(values: Tensor) -> Tensor:
+    return torch.nextafter(values, torch.tensor(math.inf, dtype=torch.float64))

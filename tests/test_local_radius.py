@@ -1,0 +1,148 @@
+"""Certified radii by local bounds: no attack is nearer, they are at least what a single constant gives, and folders of them are proved again."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import certify
+import lipnet
+from certify.cli import Exit, main
+from certify.local.radius import LocalMargin
+
+ACTIVATIONS = {"relu": nn.ReLU, "maxmin": lipnet.MaxMin, "tanh": nn.Tanh}
+
+
+def classifier(activation: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    make = ACTIVATIONS[activation]
+    return nn.Sequential(nn.Linear(6, 16), make(), nn.Linear(16, 16), make(), nn.Linear(16, 4)).double().eval()
+
+
+def inputs(count: int) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def nearest(net: nn.Module, x: torch.Tensor, norm: float, reach: float) -> float:
+    """The distance of the nearest point of another class that many random directions and gradient steps find; infinite for none within reach."""
+    label, best = int(net(x[None]).argmax()), math.inf
+    generator = torch.Generator().manual_seed(2)
+    for other in set(range(4)) - {label}:
+        for start in range(3):
+            d = torch.zeros_like(x) if start == 0 else 0.2 * reach * torch.randn(6, generator=generator, dtype=torch.float64)
+            for _ in range(25):
+                d.requires_grad_(True)
+                logits = net((x + d)[None])[0]
+                gap = logits[label] - logits[other]
+                (slope,) = torch.autograd.grad(gap, d)
+                dual = float(torch.linalg.vector_norm(slope.detach(), ord={1: math.inf, 2: 2, math.inf: 1}[norm]))
+                with torch.no_grad():
+                    gap = gap.detach()
+                    if float(gap) <= 0:
+                        best = min(best, float(torch.linalg.vector_norm(d, ord=norm)))
+                        d = 0.95 * d
+                    else:
+                        way = slope if norm == 2 else slope.sign() * dual if norm == math.inf else slope * (slope.abs() == slope.abs().max())
+                        d = d - 1.02 * float(gap) / max(dual * dual, 1e-12) * way
+    return best
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("norm", [1.0, 2.0, math.inf])
+def test_no_attack_is_nearer_and_the_global_bound_is_exceeded(activation: str, norm: float) -> None:
+    net, x = classifier(activation), inputs(6)
+    found = certify.robustness(net, x, LocalMargin(norm=norm))
+    assert (found.prediction == net(x).argmax(1).numpy()).all()
+    assert found.norm == norm
+    for point, radius in zip(x, found.radius, strict=True):
+        assert 0 < radius < nearest(net, point, norm, 2.0)
+    if norm == 2:
+        layers = certify.robustness(net, x, certify.Margin(certify.lipschitz(net, input_shape=(6,))))
+        assert (found.radius > layers.radius).all()
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_following_the_margin_is_at_least_one_constant_for_the_ball(norm: float) -> None:
+    """The largest radius of a grid whose own constant proves it: `margin > L(r) r`."""
+    net, x = classifier("relu"), inputs(3)
+    graph = certify.Graph.of(net, (6,))
+    fine = certify.robustness(net, x, LocalMargin(norm=norm, steps=32)).radius
+    for point, radius in zip(x, fine, strict=True):
+        z = net(point[None])[0].detach()
+        label, constant = int(z.argmax()), 0.0
+        for r in np.linspace(0.1, 1.2, 12) * radius:
+            bound = certify.Local(norm).bound(graph, certify.Ball(point.numpy(), float(r), norm))
+            assert bound.pairs is not None
+            if all(float(z[label] - z[j]) > bound.pairs[label, j] * r for j in range(4) if j != label):
+                constant = float(r)
+        assert radius >= constant
+
+
+def test_a_linear_classifier_is_met_exactly() -> None:
+    net = nn.Linear(5, 3).double().eval()
+    x = torch.randn(4, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for norm, dual in ((1.0, math.inf), (2.0, 2), (math.inf, 1)):
+        found = certify.robustness(net, x, LocalMargin(norm=norm))
+        for point, radius in zip(x, found.radius, strict=True):
+            z = net(point[None])[0].detach()
+            label = int(z.argmax())
+            exact = min(
+                float((z[label] - z[j]) / torch.linalg.vector_norm(net.weight[label] - net.weight[j], ord=dual).detach()) for j in range(3) if j != label
+            )
+            assert radius == pytest.approx(exact, rel=1e-9)
+            assert radius <= exact
+
+
+def test_one_radius_is_asked_for_and_given_or_refused() -> None:
+    net, x = classifier("relu"), inputs(5)
+    largest = certify.robustness(net, x, LocalMargin()).radius
+    small, great = float(largest.min()) * 0.9, float(largest.max()) * 1.5
+    assert (certify.robustness(net, x, LocalMargin(radius=small)).radius > small).all()
+    assert (certify.robustness(net, x, LocalMargin(radius=great)).radius == 0).all()
+
+
+def test_a_range_of_inputs_cuts_the_ball() -> None:
+    net = nn.Sequential(nn.Linear(2, 2, bias=False)).double().eval()
+    net[0].weight.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    x = torch.tensor([[0.1, 0.9]], dtype=torch.float64)
+    assert certify.robustness(net, x, LocalMargin(norm=math.inf)).radius[0] == pytest.approx(0.5)
+    cut = certify.robustness(net, x, LocalMargin(norm=math.inf, within=(0.0, 1.0)))  # the first entry stops at 0, so the margin falls with the second alone
+    assert cut.radius[0] == pytest.approx(0.9, rel=2e-3)
+    assert certify.Assumption.INPUT_RANGE in cut.assumptions
+    with pytest.raises(certify.CertifyError, match="outside of"):
+        certify.robustness(net, x, LocalMargin(within=(0.2, 1.0)))
+
+
+def test_ties_and_constant_classifiers() -> None:
+    tied = nn.Linear(3, 2).double().eval()
+    tied.weight.data[1], tied.bias.data[1] = tied.weight.data[0], tied.bias.data[0]
+    assert certify.robustness(tied, torch.zeros(1, 3, dtype=torch.float64), LocalMargin()).radius[0] == 0
+    sure = nn.Linear(3, 2).double().eval()
+    sure.weight.data.zero_()
+    sure.bias.data = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    assert certify.robustness(sure, torch.zeros(1, 3, dtype=torch.float64), LocalMargin()).radius[0] > 1e6
+
+
+def test_a_folder_of_local_radii_is_proved_again(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    lipnet.save(net.eval(), tmp_path / "net.safetensors", input_shape=(1, 8, 8), input_range=(0.0, 1.0))
+    folder = tmp_path / "run"
+    command = ["run", str(tmp_path / "net.safetensors"), "digits", "-o", str(folder), "--method", "local", "--limit", "4", "--norm", "inf", "--within", "0,1"]
+    assert main(command) == Exit.DONE
+    assert main(["check", str(folder)]) == Exit.DONE
+    part = next(folder.glob("part-*.jsonl"))
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    assert all(row["method"] == "local" and row["norm"] == "inf" for row in rows)
+    part.write_text("\n".join(json.dumps({**row, "radius": row["radius"] * 2 + 0.1}) for row in rows) + "\n")
+    capsys.readouterr()
+    assert main(["check", str(folder)]) == Exit.CONTRADICTION
+    assert "the proof does not reach it" in capsys.readouterr().out
+    assert main(["run", str(tmp_path / "net.safetensors"), "digits", "-o", str(tmp_path / "x"), "--steps", "3"]) == Exit.ERROR
+    assert "--steps is for --method local" in capsys.readouterr().err
