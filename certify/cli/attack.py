@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
+import time
 from typing import TYPE_CHECKING
 
 from certify.cli.arguments import add_eps, add_json, add_model, add_selection, load_model, shard_here
@@ -52,6 +54,12 @@ def names(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Load, attack what is not yet in the folder, print the table."""
+    fill(args)
+    return show([args.output], args.eps, [], args.json, warn_about_labels=True, quiet=args.quiet)
+
+
+def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
+    """Attack what is not yet in the folder, until a time of time.monotonic at the latest (what is begun is ended); says whether all is done."""
     from certify import data
     from certify.attack import row
     from certify.cli.console import progress
@@ -83,8 +91,9 @@ def run(args: argparse.Namespace) -> int:
             for index in pending:
                 folder.add([row(graph, dataset, attacks, index)])
                 advance(1)
-        folder.finish()
-    return show([args.output], args.eps, [], args.json, warn_about_labels=True, quiet=args.quiet)
+                if time.monotonic() > until:
+                    break
+        return folder.finish()
 
 
 def _made(name: str, args: argparse.Namespace) -> Attack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
 import platform
 import sys
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --method local or lowrank (and --norm, as above)")
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
+    group.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="local: for each input; what is proved by then is its radius")
     group.add_argument("--within", type=numbers, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
         "--proposer",
@@ -103,21 +105,18 @@ def scores(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Load, prepare the method, certify what is not yet in the folder, print the table."""
+    fill(args)
+    return show([args.output], args.eps, args.fail_under, args.json, warn_about_labels=True, quiet=args.quiet)
+
+
+def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
+    """Certify what is not yet in the folder, until a time of time.monotonic at the latest (what is begun is ended); says whether all is done."""
     from certify import data
     from certify.cli.console import progress
-    from certify.errors import CertifyError
     from certify.results import Folder
     from certify.smoothing.noise.other import given
 
-    if args.method != "smoothing" and (found := given_options(args)):
-        raise CertifyError(f"{found[0]} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
-    if args.method != "margin" and args.bound != "layerwise":
-        raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
-    if args.method not in ("lowrank", "local") and args.radius is not None:
-        raise CertifyError(f"--radius is for --method local or lowrank, and the method is {args.method}; --eps chooses the radii of the table")
-    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("within", "local")):
-        if args.method != method and getattr(args, option) is not None:
-            raise CertifyError(f"--{option} is for --method {method}, and the method is {args.method}; say which of the two is meant")
+    _refuse_options_of_others(args)
     model = load_model(args)
     shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
     dataset = data.load(args.data, shape)
@@ -130,8 +129,23 @@ def run(args: argparse.Namespace) -> int:
             for rows in certify(pending):
                 folder.add(rows)
                 advance(len(rows))
-        folder.finish()
-    return show([args.output], args.eps, args.fail_under, args.json, warn_about_labels=True, quiet=args.quiet)
+                if time.monotonic() > until:
+                    break
+        return folder.finish()
+
+
+def _refuse_options_of_others(args: argparse.Namespace) -> None:
+    from certify.errors import CertifyError
+
+    if args.method != "smoothing" and (found := given_options(args)):
+        raise CertifyError(f"{found[0]} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
+    if args.method != "margin" and args.bound != "layerwise":
+        raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
+    if args.method not in ("lowrank", "local") and args.radius is not None:
+        raise CertifyError(f"--radius is for --method local or lowrank, and the method is {args.method}; --eps chooses the radii of the table")
+    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("within", "local")):
+        if args.method != method and getattr(args, option) is not None:
+            raise CertifyError(f"--{option} is for --method {method}, and the method is {args.method}; say which of the two is meant")
 
 
 def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
@@ -228,7 +242,8 @@ def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[di
     from certify.local.radius import LocalMargin
 
     within = None if args.within is None else (args.within[0], args.within[1])
-    return _one_by_one(LocalMargin(args.radius, float(args.norm or 2), args.steps or LocalMargin.steps, within), model, dataset)
+    method = LocalMargin(args.radius, float(args.norm or 2), args.steps or LocalMargin.steps, within, seconds=args.seconds)
+    return _one_by_one(method, model, dataset)
 
 
 def _one_by_one(method: OneByOne[Any], model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:

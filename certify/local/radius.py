@@ -53,7 +53,7 @@ class LocalMargin(OneByOne[Seen]):
     steps: int = 8
     within: tuple[float, float] | None = None
     memory: float = 4.0  # GiB
-    seconds: float = math.inf
+    seconds: float = dataclasses.field(default=math.inf, repr=False)  # it changes how much is found, not what a radius means
 
     def __post_init__(self) -> None:
         if self.norm not in (1, 2, math.inf):
