@@ -209,7 +209,7 @@ def proved(case: Case) -> float:
 
 
 def each_frequency(case: Case) -> float:
-    """The same torus as ours, an SVD at each frequency, nothing proved."""
+    """The same torus as ours, which holds the kernel once, an SVD at each frequency, nothing proved. Without dilation."""
     layer, kernel = case.layer, as_float64(case.layer.weight)
     make = convolution.circular_axis if case.circular else convolution.zeros_axis
     pads = padding_of(layer)
@@ -262,27 +262,24 @@ def theirs(case: Case, lip4conv: ModuleType, weight: Tensor, size: int) -> Itera
         yield Method(f"delattre2024, {GRAMS}", "bound", lambda: float(lip4conv.compute_delattre2024(weight, GRAMS, False)))
     if case.plain:
         yield Method("singla2021", "bound", lambda: float(lip4conv.compute_singla2021(weight, 50, False, "cpu")))
-        yield Method("araujo2021", "bound", lambda: float(lip4conv.compute_araujo2021(weight, 50, padding=size // 2, device="cpu", return_time=False)))
+        yield Method(
+            "araujo2021", "bound", lambda: float(lip4conv.compute_araujo2021(weight, 50, padding=case.layer.padding[0], device="cpu", return_time=False))
+        )
 
 
 def measure(case: Case, chosen: Sequence[Method], rounds: int) -> list[Found]:
     """Median seconds of the processor, all methods in turn after a warm-up each; of the warm-up itself for what takes more than five."""
     norm = reached(case)
-    values, times = [], []
+    values: dict[str, float] = {}
+    times: dict[str, list[float]] = {method.name: [] for method in chosen}
     for turn in range(1 + rounds):
-        for i, method in enumerate(chosen):
-            if turn and times[i][0] > SLOW:
-                continue
-            start = time.process_time()
-            value = method.run()
-            seconds = time.process_time() - start
-            if turn == 0:
-                values.append(value)
-                times.append([seconds])
-            else:
-                times[i].append(seconds)
-    medians = [statistics.median(seconds[1:] or seconds) for seconds in times]
-    return [Found(case.name, m.name, m.claims, v, norm, seconds) for m, v, seconds in zip(chosen, values, medians, strict=True)]
+        for method in chosen:
+            seconds = times[method.name]
+            if turn == 0 or seconds[0] <= SLOW:
+                start = time.process_time()
+                values[method.name] = method.run()
+                seconds.append(time.process_time() - start)
+    return [Found(case.name, m.name, m.claims, values[m.name], norm, statistics.median(times[m.name][1:] or times[m.name])) for m in chosen]
 
 
 def line(found: Sequence[Found]) -> str:
