@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from certify.bound import Array
@@ -20,6 +21,7 @@ from certify.rounding import multiply_up, up
 from sdp.proof import UNIT, gamma
 
 Sizes = int | Sequence[int]
+Complex = NDArray[np.complex128]
 _SLACK = 1 + 2.0**-44  # covers the few roundings in the error terms themselves
 TWIDDLE = 80  # units of rounding in a product of two roots of unity, see _responses
 _WORK = 3e10  # flops up to which every frequency of the torus is looked at: about 3 s on one core
@@ -285,7 +287,7 @@ def _norm_on_grid(
 
 
 def spectrum_norm(
-    spectrum: NDArray[np.complex128],  # (frequencies, rows, columns)
+    spectrum: Complex,  # (frequencies, rows, columns)
 ) -> float:
     """A proved upper bound on the largest singular value of a stack of complex matrices. Raises CertifyError for NaN or infinite numbers."""
     if not np.isfinite(spectrum).all():
@@ -295,10 +297,10 @@ def spectrum_norm(
     if spectrum.shape[1] > spectrum.shape[2]:
         spectrum = spectrum.swapaxes(1, 2)
     exponent = math.frexp(max(float(np.abs(part).max()) for part in (spectrum.real, spectrum.imag)))[1]
-    step = max(1, _CHUNK // (4 * spectrum.shape[1] * spectrum.shape[2]))
+    step = max(1, _CHUNK // (2 * spectrum.shape[1] * spectrum.shape[2]))
     chunks = (spectrum[start : start + step] for start in range(0, len(spectrum), step))
-    real_forms = (_real_form(np.ldexp(chunk.real, -exponent), np.ldexp(chunk.imag, -exponent)) for chunk in chunks)
-    return _unscaled((math.sqrt(_largest_gram(real_forms)) + 2.0**-500) * _SLACK, exponent)
+    scaled = (_complex(np.ldexp(chunk.real, -exponent), np.ldexp(chunk.imag, -exponent)) for chunk in chunks)
+    return _unscaled((math.sqrt(_largest_gram(scaled)) + 2.0**-500) * _SLACK, exponent)
 
 
 def _unscaled(value: float, exponent: int) -> float:
@@ -309,27 +311,30 @@ def _unscaled(value: float, exponent: int) -> float:
 
 
 def _largest_gram(
-    responses: Iterable[Array],  # of (some, n, k)
+    responses: Iterable[Complex],  # of (some, n, k)
 ) -> float:
-    """A proved upper bound on the largest eigenvalue of `B B'`, over all matrices B.
+    """A proved upper bound on the largest eigenvalue of `B B*`, over all matrices B.
 
-    A Cholesky factorisation of `w I - G` that runs to its end has shown `w I - G >= -g / (1 - g) tr(w I - G)`, g = gamma_{n+1} (Higham, theorem 10.3; four
-    times as much for blocked LAPACK, as in sdp.proof). The rounding of `G = B B'` is at most `gamma_k |b_i| |b_j|`, so `gamma_k tr(G)` in the Frobenius norm.
+    A Cholesky factorisation of `w I - G` that runs to its end has shown `w I - G >= -g / (1 - g) tr(w I - G)`, g = gamma_{n+1} for real numbers (Higham,
+    theorem 10.3). The real and the imaginary part of a complex inner product are real ones of twice the length, with errors of at most
+    `gamma_2n sum |Re a| |Re b| + |Im a| |Im b| <= gamma_2n |a| |b|` and as much; together sqrt(2) times that. So `g = 3 gamma_{n+1}` is enough, and four times
+    as much is taken for blocked LAPACK, as in sdp.proof. In the same way the rounding of `G = B B*` is at most `3 gamma_k |b_i| |b_j|`, so `3 gamma_k tr(G)` in
+    the Frobenius norm.
     """
     size = inner = 0
     passed = largest_trace = 0.0
     for response in responses:
         size, inner = response.shape[1:]
-        gram = response @ response.swapaxes(1, 2)
-        largest_trace = max(largest_trace, float(np.trace(gram, axis1=1, axis2=2).max()))
+        gram = response @ response.conj().swapaxes(1, 2)
+        largest_trace = max(largest_trace, float(np.trace(gram, axis1=1, axis2=2).real.max()))
         passed = _pass(gram, passed)
-    g = gamma(4 * (size + 4))
+    g = gamma(12 * (size + 4))
     shift = g / (1 - 2 * g) * size * passed + 2 * UNIT * passed + size**2 * 2.0**-900
-    return (passed + shift + gamma(inner + 4) * largest_trace * (1 + 1e-6)) * _SLACK
+    return (passed + shift + gamma(3 * (inner + 4)) * largest_trace * (1 + 1e-6)) * _SLACK
 
 
-def _responses(taps: Array, points: tuple[int, int]) -> Iterator[Array]:  # of (some, 2 rows, 2 columns)
-    """The response `R + iS` at each frequency, one of each conjugate pair, in its real form.
+def _responses(taps: Array, points: tuple[int, int]) -> Iterator[Complex]:  # of (some, rows, columns)
+    """The response at each frequency, one of each conjugate pair.
 
     By direct summation. A root of unity is known to 32 units of rounding (its angle to `2.4 * 2 pi`, sine and cosine to eight each), a product of two to 68,
     so an entry of the response to `gamma_{taps + 80} sum_t |taps|`.
@@ -338,28 +343,29 @@ def _responses(taps: Array, points: tuple[int, int]) -> Iterator[Array]:  # of (
     flat = taps.reshape(down * across, -1)
     vertical, horizontal = roots_of_unity(points[0], down), roots_of_unity(points[1], across)
     half = points[1] // 2 + 1
-    step = max(1, _CHUNK // (4 * groups * rows * columns))
+    step = max(1, _CHUNK // (2 * groups * rows * columns))
     for start in range(0, points[0] * half, step):
         f, g = np.divmod(np.arange(start, min(start + step, points[0] * half)), half)
         waves = (vertical[f][:, :, None] * horizontal[g][:, None, :]).reshape(len(f), -1)
-        real = (np.ascontiguousarray(waves.real) @ flat).reshape(-1, rows, columns)
-        imaginary = (np.ascontiguousarray(waves.imag) @ flat).reshape(-1, rows, columns)
-        yield _real_form(real, imaginary)
+        made = _complex(np.ascontiguousarray(waves.real) @ flat, np.ascontiguousarray(waves.imag) @ flat)
+        yield made.reshape(-1, rows, columns)
 
 
-def _real_form(real: Array, imaginary: Array) -> Array:  # (some, 2 rows, 2 columns)
-    """`[[R, -S], [S, R]]`: the singular values of `R + iS`, twice."""
-    return np.concatenate([np.concatenate([real, -imaginary], axis=2), np.concatenate([imaginary, real], axis=2)], axis=1)
+def _complex(real: Array, imaginary: Array) -> Complex:
+    """Both parts as they are: `real + 1j * imaginary` would round, and overflow, in between."""
+    made = np.empty(real.shape, dtype=np.complex128)
+    made.real, made.imag = real, imaginary
+    return made
 
 
-def roots_of_unity(points: int, taps: int) -> NDArray[np.complex128]:  # (points, taps)
+def roots_of_unity(points: int, taps: int) -> Complex:  # (points, taps)
     """`exp(2 pi i f t / points)`, by the C library's sine and cosine: numpy's are faster and less exact."""
     roots = np.array([complex(math.cos(2 * math.pi * r / points), math.sin(2 * math.pi * r / points)) for r in range(points)])
     return roots[np.outer(np.arange(points), np.arange(taps)) % points]
 
 
 def _pass(
-    gram: Array,  # (some, n, n)
+    gram: Complex,  # (some, n, n)
     value: float,
 ) -> float:
     """A number w, at least `value`, such that for each Gram matrix the Cholesky factorisation of `w' I - gram` runs to its end for some `w' <= w`.
@@ -375,39 +381,23 @@ def _pass(
     value = max(value, proposal * (1 + 2.0**-42) + 1e-26)
     left = gram
     for attempt in range(40):
-        left = left[_failing(left, value)]
+        left = left[~_has_factor(left, value)]
         if not len(left):
             return value
         value = max(value, _eigenvalue(left)) * (1 + 2.0 ** (attempt - 42))
     raise AssertionError("the norm of a convolution could not be proved; please report this")
 
 
-def _eigenvalue(gram: Array) -> float:
+def _eigenvalue(gram: Complex) -> float:
     """The largest eigenvalue of all; a proposal only."""
-    half = gram.shape[1] // 2
-    return float(np.linalg.eigvalsh(gram[:, :half, :half] + 1j * gram[:, half:, :half]).max())
+    return float(np.linalg.eigvalsh(gram).max())
 
 
-def _failing(gram: Array, value: float) -> Sequence[int]:
-    """Which of `value I - gram` do not have a Cholesky factor; by halves, since numpy does not say which."""
+def _has_factor(gram: Complex, value: float) -> NDArray[np.bool_]:
+    """Which of `value I - gram` have a Cholesky factor. LAPACK by torch, which says that for each matrix; it reads the lower half and a real diagonal."""
     difference = -gram
     index = np.arange(gram.shape[1])
     difference[:, index, index] += value
-
-    def search(start: int, stop: int) -> list[int]:
-        if _has_factor(difference[start:stop]):
-            return []
-        if stop - start == 1:
-            return [start]
-        middle = (start + stop) // 2
-        return search(start, middle) + search(middle, stop)
-
-    return search(0, len(gram))
-
-
-def _has_factor(matrices: Array) -> bool:
-    try:
-        diagonal = np.diagonal(np.linalg.cholesky(matrices), axis1=1, axis2=2)
-    except np.linalg.LinAlgError:
-        return False
-    return bool(np.isfinite(diagonal).all() and (diagonal > 0).all())  # a NaN anywhere reaches the diagonal
+    factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(difference))
+    diagonal = factor.diagonal(dim1=1, dim2=2).real.numpy()
+    return (failed.numpy() == 0) & (np.isfinite(diagonal) & (diagonal > 0)).all(axis=1)  # a NaN anywhere reaches the diagonal

@@ -378,6 +378,23 @@ def test_batch_lip_norm_is_bounded_where_its_variance_cancels(tl):
     assert bound == pytest.approx(max(seen, computed), rel=1e-9)
 
 
+def test_batch_lip_norm_is_bounded_by_the_statistics_that_it_runs_with(tl):
+    """The number of samples is that of a much shorter epoch before, until the first forward in eval mode."""
+    layer = tl.BatchLipNorm(2)
+    for batches, size in ((2, 2), (50, 1000)):
+        for _ in range(batches):
+            layer.train()(torch.randn(size, 2) / 2)
+        if size == 2:
+            layer.eval()(torch.randn(1, 2))
+    stale = float(layer.get_scaling(training=False))
+    with pytest.raises(certify.Unsupported, match="run it once in eval mode"):
+        registry.rule_for(layer)(layer.eval(), (2,))
+    net = nn.Sequential(layer).eval()
+    bound = certify.lipschitz(net, input_shape=(2,)).value
+    assert largest_slope(net, (2,)) <= bound * (1 + 1e-12)
+    assert stale < 0.9 * bound
+
+
 def test_householder_of_order_2_jumps(og):
     """Why it is refused."""
     layer = og.HouseHolder_Order_2(2)

@@ -263,9 +263,12 @@ def _(layer: Any, shape: Shape) -> Bound:
 def _(layer: Any, shape: Shape) -> Bound:
     """`(x - mean) scale + bias` in eval mode, one scale for all channels from the running sums; a shift with `normalize=False`. Also BatchCentering.
 
-    The larger of the scale that the layer computes and the exact one: its variance is a difference in which digits cancel.
+    The larger of the scale that the layer computes and the exact one: its variance is a difference in which digits cancel. The first forward in eval mode
+    after training makes sums of several batches into one, with another number of samples; tracing has run it.
     """
     _check_fits(layer, shape, _channels(shape, layer.bias), _channels(shape, layer.running_sum_bmean))
+    if layer.normalize and int(layer.running_num_batches) > 1:
+        _refuse(layer, "has sums of several batches, which its next forward in eval mode changes; run it once in eval mode")
     computed = float(layer.get_scaling(training=False))
     if not math.isfinite(computed):
         _refuse(layer, f"computes the scale {computed} from its running statistics; train it first")
