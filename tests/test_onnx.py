@@ -16,7 +16,7 @@ import certify
 from certify import models
 from certify.cli import main
 from certify.models.onnx import from_onnx
-from certify.models.operators import operators
+from certify.models.operators.importer import HANDLERS, operators
 from certify.models.weights import ModelError
 from lipnet.testing import largest_slope
 
@@ -373,8 +373,8 @@ def test_an_import_that_differs_is_refused(tmp_path, monkeypatch):
     """The comparison catches an importer that is wrong: one that gives a leaky slope of its own."""
     path = save(tmp_path / "net.onnx", [node("LeakyRelu", ["x"], ["y"], alpha=0.2)], ["N", 3])
     from_onnx(path)
-    own = models.operators._handlers["LeakyRelu"]
-    monkeypatch.setitem(models.operators._handlers, "LeakyRelu", (lambda self, n, x: self.call(n, nn.LeakyReLU(0.201), x), own[1]))
+    own = HANDLERS["LeakyRelu"]
+    monkeypatch.setitem(HANDLERS, "LeakyRelu", (lambda self, n, x: self.call(n, nn.LeakyReLU(0.201), x), own[1]))
     with pytest.raises(ModelError, match=r"differs from .* of the largest output"):
         from_onnx(path)
     monkeypatch.undo()

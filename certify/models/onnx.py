@@ -18,7 +18,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from certify.models.operators import ANY, NEWEST, OLDEST, Array, Importer, Node, Signal, Sizes
+from certify.models.operators.importer import ANY, NEWEST, OLDEST, Array, Importer, Node, Signal, Sizes
 from certify.models.weights import ModelError, check_start
 from certify.registry import Shape
 from lipnet.checkpoint import first_line
