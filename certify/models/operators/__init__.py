@@ -8,5 +8,6 @@ from certify.models.operators import activations as activations  # fills the tab
 from certify.models.operators import arithmetic as arithmetic
 from certify.models.operators import convolutions as convolutions
 from certify.models.operators import linear as linear
+from certify.models.operators import parts as parts
 from certify.models.operators import pools as pools
 from certify.models.operators import shapes as shapes

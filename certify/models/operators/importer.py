@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,9 @@ Sizes = tuple[int, int]
 ANY: Sizes = (7919, 104729)  # two trial lengths of a batch that may be of any length: a size that follows both is the batch, one that follows neither is not
 OLDEST, NEWEST = 7, 28  # the opsets that the table below was written for; before 7 operators broadcast and train by other rules
 WIDEST = 4096  # of a border; a larger one is no network but an attempt on the memory
-_LARGEST = 2**26  # numbers in one folded constant, and in one signal of one input
+_LARGEST = 2**26  # numbers in one signal of one batch, and in all folded constants
+_MOST = 2**36  # products for one input in the whole network, which is tried on some: several times those of the largest image classifiers
+_POOLED = 8  # a number in the window of a pool costs about as much as so many products
 BATCH_NORM: dict[int, Callable[..., nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d, 2: nn.BatchNorm1d, 3: nn.BatchNorm2d, 4: nn.BatchNorm3d,
 }  # fmt: skip
@@ -79,18 +81,23 @@ class Known:
     trials: tuple[Array, Array]
 
 
-Fold = Callable[[Node, Sequence[Array | None]], Array]  # one node on constants, as ONNX defines it
-Handler = Callable[["Importer", Node, Signal], Signal]
+Fold = Callable[[Node, Sequence[Array | None]], Sequence[Array]]  # one node on constants, as ONNX defines it
+Handler = Callable[["Importer", Node, Signal], Signal | tuple[Signal, ...]]  # more than one where the operator has several outputs
+_H = TypeVar("_H", bound=Handler)
 
 HANDLERS: dict[str, tuple[Handler, frozenset[str]]] = {}
 _EITHER_SIDE = {"Add", "Sub", "Mul", "MatMul"}
-_FOLDED = {"Add", "Sub", "Mul", "Div", "Neg", "Cast", "Concat", "Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Transpose", "Identity"}
+_BROADCAST = {"Add", "Sub", "Mul", "Div", "Equal", "Where"}
+_FOLDED = _BROADCAST | {
+    "Neg", "Cast", "Concat", "ConstantOfShape", "Expand", "Gather", "Identity", "Range", "ReduceProd", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+}  # fmt: skip
 
 
-def handles(*ops: str, attributes: Sequence[str] = ()) -> Callable[[Handler], Handler]:
+def handles(*ops: str, attributes: Sequence[str] = ()) -> Callable[[_H], _H]:
     """Decorator: the function imports these operators, whose first input that is no constant it is given; other attributes than these are refused."""
 
-    def decorator(handler: Handler) -> Handler:
+    def decorator(handler: _H) -> _H:
         HANDLERS.update(dict.fromkeys(ops, (handler, frozenset(attributes))))
         return handler
 
@@ -99,7 +106,7 @@ def handles(*ops: str, attributes: Sequence[str] = ()) -> Callable[[Handler], Ha
 
 def operators() -> tuple[str, ...]:
     """The names of the operators that are on the list, of signals or of constants."""
-    return tuple(sorted({*HANDLERS, *_FOLDED, "Constant", "Shape"}))
+    return tuple(sorted({*HANDLERS, *_FOLDED, "Constant", "Shape", "Size"}))
 
 
 class Importer:
@@ -110,23 +117,25 @@ class Importer:
         self.fold, self.dtype = fold, dtype
         self.root, self.graph = nn.Module(), torch.fx.Graph()
         self.set_aside: Node | None = None  # a last Softmax or LogSoftmax
+        self.aside: set[str] = set()  # the names of its output
+        self.products, self.folded = 0, 0  # so far, of one input and among constants
 
     def input(self, name: str, shape: Shape, batch: Sizes | None) -> None:
         """The one input of the network."""
-        if math.prod(shape) > _LARGEST:
-            raise ModelError(f"its input is of shape {shape}; more than {_LARGEST} numbers are not supported")
+        if _numbers(shape, batch) > _LARGEST:
+            raise ModelError(f"its input is {_numbers(shape, batch)} numbers for one run of the network; more than {_LARGEST} are not supported")
         self.values[name] = Signal(self.graph.placeholder("x"), shape, batch)
 
     def read(self, node: Node) -> None:
         """One more node."""
-        if self.set_aside is not None:
+        if self.set_aside is not None and not (node.op == "Identity" and node.inputs[0] in self.aside):
             node.refuse(f"it comes after the {self.set_aside.op} {self.set_aside.label}, which can only be set aside as the last node")
         operands = [self._operand(node, name) for name in node.inputs]
         signals = [operand for operand in operands if isinstance(operand, Signal)]
-        made: Signal | Known
+        made: Signal | Known | Sequence[Signal | Known]
         if node.op == "Constant":
             made = self._constant(node)
-        elif node.op == "Shape":
+        elif node.op in ("Shape", "Size"):
             made = _shape(node, operands[0])
         elif not signals:
             made = self._folded(node, operands)
@@ -139,9 +148,12 @@ class Importer:
             made = handler(self, node, signals[0])
         else:
             node.refuse(f"this operator is not on the list; known are {', '.join(sorted(HANDLERS))}")
-        if any(name in self.values for name in node.outputs):
-            node.refuse("it writes a name that is written already")
-        self.values[node.outputs[0]] = made
+        for name, value in zip(node.outputs, (made,) if isinstance(made, Signal | Known) else made, strict=False):
+            if name and name in self.values:
+                node.refuse(f"it writes {name!r}, which is written already")
+            self.values[name] = value
+        if self.set_aside is not None:
+            self.aside.add(node.outputs[0])
 
     def finish(self, name: str) -> tuple[torch.fx.GraphModule, Signal]:
         """The network whose output has this name, and its output. Weights and biases that stand in two nodes are put together."""
@@ -165,11 +177,36 @@ class Importer:
             shape = tuple(functional_call(module, held, torch.empty(1, *x.shape, dtype=self.dtype, device="meta")).shape[1:])
         except (RuntimeError, ValueError, IndexError) as error:  # torch's words for sizes that do not fit
             node.refuse(f"torch's {type(module).__name__} does not take it ({str(error).splitlines()[0]})")
-        if math.prod(shape) > _LARGEST:
-            node.refuse(f"it makes a signal of {shape}, more than {_LARGEST} numbers for each input")
+        self._spend(node, _products(module, x.shape, shape))
         name = f"{node.op.lower()}_{len(self.root._modules)}"
         self.root.add_module(name, module)
-        return Signal(self.graph.call_module(name, (x.node,)), shape, x.batch, nonnegative)
+        return self.signal(node, self.graph.call_module(name, (x.node,)), shape, x.batch, nonnegative)
+
+    def signal(self, node: Node, made: torch.fx.Node, shape: Shape, batch: Sizes | None, nonnegative: bool = False) -> Signal:
+        """One more signal, of a size that can be held in memory."""
+        if not shape or 0 in shape:
+            node.refuse(f"it makes {shape} of each input, which is not one vector or more")
+        if _numbers(shape, batch) > _LARGEST:
+            node.refuse(f"it makes a signal of {shape}, more than {_LARGEST} numbers for each input or batch")
+        self._spend(node, math.prod(shape))
+        return Signal(made, shape, batch, nonnegative)
+
+    def _spend(self, node: Node, products: int) -> None:
+        self.products += products
+        if self.products > _MOST:
+            node.refuse(f"with it the network takes more than {_MOST} products for each input, which is more than can be tried")
+
+    def axis(self, node: Node, x: Signal, axis: int, attribute: str) -> int:
+        """An axis in the file as one in torch, where the batch is always in front. That of the batch is refused."""
+        if not -x.rank <= axis < x.rank:
+            node.refuse(f"there are {x.rank} axes", attribute)
+        if x.batch is not None and axis % x.rank == 0:
+            node.refuse("the inputs of a batch must stay apart, each as a whole", attribute)
+        return axis % x.rank + (x.batch is None)
+
+    def module(self, x: Signal) -> nn.Module | None:
+        """The module that a signal comes from, if it comes from one."""
+        return self.root.get_submodule(str(x.node.target)) if x.node.op == "call_module" else None
 
     def constant(self, node: Node, place: int, default: Array | None = None) -> Array:
         """An input of a node that must be a constant, the same for every batch."""
@@ -188,15 +225,21 @@ class Importer:
         array = self.constant(node, place)
         if rank is not None and array.ndim != rank:
             node.refuse(f"its input {place} has the shape {array.shape}; {rank} axes are supported")
-        tensor = torch.from_numpy(np.array(array, order="C"))
-        if tensor.dtype != self.dtype:
+        if array.dtype != torch.empty(0, dtype=self.dtype).numpy().dtype:
             node.refuse(f"its input {place} is of {array.dtype}, the network of {self.dtype}")
-        return tensor
+        return torch.from_numpy(np.array(array, order="C"))
+
+    def whole(self, node: Node, place: int) -> Array:
+        """A constant of whole numbers."""
+        array = self.constant(node, place)
+        if array.dtype.kind not in "iu":
+            node.refuse(f"its input {place} is of {array.dtype}, not of whole numbers")
+        return array
 
     def sizes(self, node: Node, place: int, attribute: str) -> list[int] | None:
         """Whole numbers that later opsets give as an input and earlier ones as an attribute; None where they are left out."""
         if place < len(node.inputs) and node.inputs[place]:
-            return [int(size) for size in self.constant(node, place).ravel()]
+            return [int(size) for size in self.whole(node, place).ravel()]
         return [int(size) for size in node.attributes[attribute]] if attribute in node.attributes else None
 
     def number(self, node: Node, place: int, attribute: str) -> float | None:
@@ -226,13 +269,18 @@ class Importer:
             return dataclasses.replace(x, batch=batch)
         made = x if len(x.shape) == 1 else self.call(node, nn.Flatten(), x)
         made = made if len(shape) == 1 else self.call(node, nn.Unflatten(1, shape), made)
-        return Signal(made.node, shape, batch, x.nonnegative)
+        return dataclasses.replace(made, batch=batch, nonnegative=x.nonnegative)
 
-    def shifted(self, node: Node, x: Signal, place: int, function: Callable[..., Any]) -> Signal:
-        """`x + c` or `x - c`."""
+    def with_constant(self, node: Node, x: Signal, held: Tensor, function: Callable[..., Any]) -> Signal:
+        """`x + c`, `x - c` or `x * c`."""
+        made = self.graph.call_function(function, (x.node, self.stored(self.aligned(node, x, held))))
+        return self.signal(node, made, x.shape, x.batch)
+
+    def stored(self, held: Tensor) -> torch.fx.Node:
+        """A constant as a buffer of the network."""
         name = f"constant_{len(self.root._buffers)}"
-        self.root.register_buffer(name, self.aligned(node, x, self.weight(node, place)).clone())
-        return Signal(self.graph.call_function(function, (x.node, self.graph.get_attr(name))), x.shape, x.batch)
+        self.root.register_buffer(name, held.clone())
+        return self.graph.get_attr(name)
 
     def aligned(self, node: Node, x: Signal, array: Tensor) -> Tensor:
         """A constant as it is broadcast to each input of a batch, without axes of length 1 in front. One that would repeat the signal to fit is refused."""
@@ -251,7 +299,7 @@ class Importer:
     def scaled(self, node: Node, x: Signal, factors: Tensor) -> Signal:
         """`c x`, one number or one for each channel: batch normalisation with nothing to normalise."""
         if factors.numel() == 1:
-            return Signal(self.graph.call_function(operator.mul, (x.node, float(factors))), x.shape, x.batch)
+            return self.signal(node, self.graph.call_function(operator.mul, (x.node, float(factors))), x.shape, x.batch)
         kind = BATCH_NORM.get(len(x.shape))
         if kind is None:
             node.refuse(f"one number for each channel is not supported on a signal of shape {x.shape}")
@@ -263,19 +311,21 @@ class Importer:
     def factors(self, node: Node, x: Signal, place: int) -> Tensor:
         """A constant factor: one number, or one for each channel."""
         array = self.aligned(node, x, self.weight(node, place))
-        if array.numel() > 1 and (array.ndim != len(x.shape) or not array.numel() == array.shape[0] == x.shape[0]):
+        if not by_channel(array, x):
             node.refuse(f"its constant has the shape {tuple(array.shape)}; one number, or one for each channel of {x.shape}, are supported")
         return array.ravel()
 
-    def bordered(self, node: Node, x: Signal, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Signal:
-        """A constant border around each channel."""
+    def bordered(self, node: Node, x: Signal, before: Sequence[int], after: Sequence[int], filled: float | Sequence[type[nn.Module]] = 0.0) -> Signal:
+        """A border around each channel: of one number, or as one of these modules for one, two or three axes makes it."""
         if not any([*before, *after]):
             return x
         if not all(0 <= size <= WIDEST for size in (*before, *after)):
             node.refuse(f"a border of {list(before)} before and {list(after)} after is not supported")
         sides: Any = tuple(size for pair in zip(reversed(before), reversed(after), strict=True) for size in pair)  # torch takes the last axis first
+        if not isinstance(filled, int | float):
+            return self.call(node, filled[len(before) - 1](sides), x, x.nonnegative)
         kind: Callable[[Any, float], nn.Module] = {1: nn.ConstantPad1d, 2: nn.ConstantPad2d, 3: nn.ConstantPad3d}[len(before)]
-        return self.call(node, nn.ZeroPad2d(sides) if len(before) == 2 and value == 0 else kind(sides, value), x, x.nonnegative and value >= 0)
+        return self.call(node, nn.ZeroPad2d(sides) if len(before) == 2 and filled == 0 else kind(sides, filled), x, x.nonnegative and filled >= 0)
 
     def _operand(self, node: Node, name: str) -> Signal | Known | None:
         if name and name not in self.values:
@@ -289,26 +339,61 @@ class Importer:
         array = value if name == "value" else np.array(value, dtype=np.int64 if "int" in name else np.float32)
         return Known((array, array))
 
-    def _folded(self, node: Node, operands: Sequence[Signal | Known | None]) -> Known:
-        """A node of constants. Those that could make much of little are kept to a size."""
+    def _folded(self, node: Node, operands: Sequence[Signal | Known | None]) -> list[Known]:
+        """The outputs of a node of constants. How much is made of little is found before it is made."""
         if node.op not in _FOLDED:
             node.refuse(f"this operator of constants is not on the list; known are {', '.join(sorted(_FOLDED))}")
+        known = [operand for operand in operands if isinstance(operand, Known)]
         made = []
-        for trial in (0, 1):
+        for trial in (0,) if all(operand.trials[0] is operand.trials[1] for operand in known) else (0, 1):
             arrays = [operand.trials[trial] if isinstance(operand, Known) else None for operand in operands]
-            shapes = [array.shape for array in arrays if array is not None]
             try:
-                size = math.prod(np.broadcast_shapes(*shapes)) if node.op in ("Add", "Sub", "Mul", "Div") else sum(map(math.prod, shapes))
-                if node.op == "Gather":
-                    size = math.prod(shapes[0]) * math.prod(shapes[1])
-                if size > _LARGEST:
-                    node.refuse(f"it would make up to {size} numbers of constants")
-                made.append(np.asarray(self.fold(node, arrays)))
+                size = _made_of(node.op, [array for array in arrays if array is not None])
+                self.folded += size
+                if self.folded > _LARGEST:
+                    node.refuse(f"it would make up to {size} numbers of constants, {_LARGEST} are supported in all")
+                made.append([np.asarray(array) for array in self.fold(node, arrays)])
             except ModelError:
                 raise
             except Exception as error:  # of many kinds
                 node.refuse(f"it cannot be computed from constants ({(str(error).splitlines() or [type(error).__name__])[0]})")
-        return Known((made[0], made[1]))
+        return [Known((first, second)) for first, second in zip(made[0], made[-1], strict=True)]
+
+
+def _made_of(op: str, arrays: Sequence[Array]) -> int:
+    """At most how many numbers an operator makes of constants."""
+    shapes = [array.shape for array in arrays]
+    if op in _BROADCAST:
+        return math.prod(np.broadcast_shapes(*shapes))
+    if op == "Gather":
+        return math.prod(shapes[0]) * math.prod(shapes[1])
+    if op == "ConstantOfShape":
+        return math.prod(int(size) for size in arrays[0].ravel())
+    if op == "Expand":
+        return math.prod(np.broadcast_shapes(shapes[0], tuple(int(size) for size in arrays[1].ravel())))
+    if op == "Range":
+        start, limit, delta = (array.item() for array in arrays)
+        return max(0, math.ceil((limit - start) / delta))
+    return sum(map(math.prod, shapes))
+
+
+def _numbers(shape: Shape, batch: Sizes | None) -> int:
+    """In a signal, for one input, or for as many as the file takes at a time."""
+    return math.prod(shape) * (1 if batch in (None, ANY) else batch[0])
+
+
+def _products(module: nn.Module, into: Shape, out: Shape) -> int:
+    """At most how many a module takes for one input: its weights once for each place, or its window."""
+    weight, window = getattr(module, "weight", None), getattr(module, "kernel_size", 0)
+    if isinstance(weight, Tensor) and weight.dim() > 1:
+        return max(math.prod(into), math.prod(out)) * weight.numel() // max(weight.shape[0], 1)
+    taps = math.prod(window) if isinstance(window, tuple) else int(window) ** (len(into) - 1)
+    return _POOLED * taps * math.prod(out)
+
+
+def by_channel(array: Tensor, x: Signal) -> bool:
+    """Whether a constant is one number, or one for each channel."""
+    return array.numel() == 1 or (array.ndim == len(x.shape) and array.numel() == array.shape[0] == x.shape[0])
 
 
 def _put_biases_into_layers(net: torch.fx.GraphModule) -> None:
@@ -325,14 +410,14 @@ def _put_biases_into_layers(net: torch.fx.GraphModule) -> None:
 
 
 def _shape(node: Node, x: Signal | Known | None) -> Known:
-    """The sizes of a tensor, or some of them."""
-    for attribute in node.attributes.keys() - {"start", "end"}:
+    """The sizes of a tensor, or some of them, or their product."""
+    for attribute in node.attributes.keys() - ({"start", "end"} if node.op == "Shape" else set()):
         node.refuse("this attribute is not on the list", attribute)
     which = slice(node.get("start", None), node.get("end", None))
     if x is None:
         node.refuse("it has no input")
     shapes = [x.full(trial) if isinstance(x, Signal) else x.trials[trial].shape for trial in (0, 1)]
-    first, second = (np.array(shape[which], dtype=np.int64) for shape in shapes)
+    first, second = (np.array(shape[which] if node.op == "Shape" else math.prod(shape), dtype=np.int64) for shape in shapes)
     return Known((first, second))
 
 

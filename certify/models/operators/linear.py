@@ -62,7 +62,7 @@ def _batch_norm(importer: Importer, node: Node, x: Signal) -> Signal:
     for attribute, wanted in (("training_mode", 0), ("spatial", 1)):
         if node.get(attribute, wanted) != wanted:
             node.refuse("only inference, with one mean and variance for each channel, is supported", attribute)
-    if len(x.shape) not in BATCH_NORM or x.batch is None or len(node.outputs) > 1:
+    if len(x.shape) not in BATCH_NORM or x.batch is None or any(node.outputs[1:]):
         node.refuse(f"on a signal of shape {x.shape}, with {len(node.outputs)} outputs, it is not supported; export in eval mode")
     tensors = [importer.weight(node, place, 1) for place in (1, 2, 3, 4)]
     if any(len(tensor) != x.shape[0] for tensor in tensors):

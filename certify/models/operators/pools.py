@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -14,8 +15,8 @@ from certify.models.operators.windows import WINDOW, window_of
 @handles("MaxPool", attributes=(*WINDOW, "ceil_mode", "storage_order"))
 def _max_pool(importer: Importer, node: Node, x: Signal) -> Signal:
     """Unequal borders are written as zeros, which is the same for a signal that is nowhere negative."""
-    if len(node.outputs) > 1 or node.get("storage_order", 0) != 0:
-        node.refuse("positions as a second output are not supported", "storage_order" if len(node.outputs) < 2 else "")
+    if any(node.outputs[1:]) or node.get("storage_order", 0) != 0:
+        node.refuse("positions as a second output are not supported", "" if any(node.outputs[1:]) else "storage_order")
     window = window_of(node, x, node.get("kernel_shape", ()))
     ceil, auto = bool(node.get("ceil_mode", 0)), node.get("auto_pad", "NOTSET")
     if auto.startswith("SAME") and set(window.dilations) != {1}:
@@ -68,11 +69,19 @@ def _global_pool(importer: Importer, node: Node, x: Signal) -> Signal:
     return importer.call(node, mean(1), x, x.nonnegative)
 
 
+_BORDERS: dict[str, Sequence[type[nn.Module]]] = {
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "edge": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "wrap": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
 @handles("Pad", attributes=("mode", "pads", "value"))
 def _pad(importer: Importer, node: Node, x: Signal) -> Signal:
-    """A border of one number around each channel."""
-    if node.get("mode", "constant") != "constant":
-        node.refuse("only a constant border is supported", "mode")
+    """A border around each channel: of one number, or of the channel's own."""
+    mode = node.get("mode", "constant")
+    if mode != "constant" and mode not in _BORDERS:
+        node.refuse(f"known are constant, {', '.join(_BORDERS)}", "mode")
     pads, axes = importer.sizes(node, 1, "pads"), importer.sizes(node, 3, "axes")
     axes = list(range(x.rank)) if axes is None else [axis % x.rank for axis in axes if -x.rank <= axis < x.rank]
     if pads is None or len(pads) != 2 * len(axes) or len(set(axes)) != len(axes):
@@ -85,4 +94,4 @@ def _pad(importer: Importer, node: Node, x: Signal) -> Signal:
     if not math.isfinite(value):
         node.refuse("the border must be a finite number", "value")
     before, after = zip(*(sides.get(axis, (0, 0)) for axis in range(first, x.rank)), strict=True) if first < x.rank else ((), ())
-    return importer.bordered(node, x, before, after, value)
+    return importer.bordered(node, x, before, after, _BORDERS.get(mode, value))

@@ -1,4 +1,4 @@
-"""What rearranges the entries of each input, or does nothing."""
+"""What rearranges the entries of each input, or leaves them as they are."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _flatten(importer: Importer, node: Node, x: Signal) -> Signal:
 @handles("Reshape", attributes=("allowzero",))
 def _reshape(importer: Importer, node: Node, x: Signal) -> Signal:
     target = importer.values.get(node.inputs[1])
-    if not isinstance(target, Known) or any(array.ndim != 1 for array in target.trials):
-        node.refuse("its shape must be computed from constants and sizes")
+    if not isinstance(target, Known) or any(array.ndim != 1 or array.dtype.kind not in "iu" for array in target.trials):
+        node.refuse("its shape must be computed from constants and sizes, in whole numbers")
     targets = []
     for trial, array in enumerate(target.trials):
         full, sizes = x.full(trial), [int(size) for size in array]
@@ -84,4 +84,4 @@ def _transpose(importer: Importer, node: Node, x: Signal) -> Signal:
     if long == sorted(long):  # only axes of length 1 move
         return importer.rearranged(node, x, [shape if x.batch is None else (x.batch[trial], *shape) for trial in (0, 1)])
     made = importer.graph.call_method("permute", (x.node, 0, *(axis + 1 for axis in moved)))
-    return Signal(made, shape, x.batch, x.nonnegative)
+    return importer.signal(node, made, shape, x.batch, x.nonnegative)
