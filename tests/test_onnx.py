@@ -157,7 +157,7 @@ def test_windows_of_all_kinds_are_those_of_another_program_or_are_refused(tmp_pa
 
     monkeypatch.setattr("certify.models.onnx._compare", lambda *_: (0.0, "nothing"))
     rng, counts = np.random.default_rng(0), collections.Counter()
-    for i in range(400):
+    for i in range(300):
         op, axes = str(rng.choice(["Conv", "ConvTranspose", "MaxPool", "AveragePool"])), int(rng.integers(1, 4))
         attributes, taps = window(rng, op, axes), [int(size) for size in rng.integers(1, 5, axes)]
         group = attributes.get("group", 1)
@@ -175,7 +175,7 @@ def test_windows_of_all_kinds_are_those_of_another_program_or_are_refused(tmp_pa
             continue  # it has no such window
         torch.testing.assert_close(net.net(x), wanted, rtol=1e-4, atol=1e-5, msg=lambda text, what=(op, attributes): f"{what}: {text}")
         counts[op] += 1
-    assert min(counts[op] for op in ("Conv", "ConvTranspose", "MaxPool", "AveragePool")) >= 20
+    assert min(counts[op] for op in ("Conv", "ConvTranspose", "MaxPool", "AveragePool")) >= 15
 
 
 def part(rng, op, rank, held):
@@ -228,7 +228,7 @@ def test_parts_means_borders_and_products_are_those_of_another_program_or_are_re
     monkeypatch.setattr("certify.models.onnx._compare", lambda *_: (0.0, "nothing"))
     rng, counts = np.random.default_rng(0), collections.Counter()
     ops = ["Concat", "Slice", "Split", "Gather", "ReduceMean", "ReduceSum", "PRelu", "HardSigmoid", "Clip", "Pad", "Mul"]
-    for i in range(600):
+    for i in range(330):
         op, batch, held = ops[i % len(ops)], ["N", 1, 2, None][rng.integers(0, 4)], {}
         shape = [4, *(int(size) for size in rng.integers(1, 6, int(rng.integers(0, 3))))]
         full = shape if batch is None else [batch, *shape]
@@ -248,8 +248,8 @@ def test_parts_means_borders_and_products_are_those_of_another_program_or_are_re
             continue
         torch.testing.assert_close(net(x), wanted.reshape(net(x).shape), rtol=1e-4, atol=1e-5, msg=lambda text, what=nodes[-1]: f"{what}: {text}")
         counts[op] += 1
-    assert min(counts[op] for op in ops) >= 8, counts
-    assert counts["refused"] >= 100, counts
+    assert min(counts[op] for op in ops) >= 6, counts
+    assert counts["refused"] >= 60, counts
 
 
 def convolutional():
@@ -382,7 +382,7 @@ REFUSED = {
     "not finite": ([("Add", ["x", "nan"], {})], "NaN"),
     "turned around": ([("Clip", ["x", "c1", "zero"], {})], "the first number must be smaller"),
     "rounded": ([("Flatten", ["x"], {}), ("Gemm", ["0", "matrix"], {"alpha": 0.3})], "attribute alpha=0.3"),
-    "huge borders": ([("Pad", ["x", "wide"], {})] * 3, r"more than \d+ numbers for each input"),
+    "huge borders": ([("Pad", ["x", "wide"], {})] * 3, r"up to \d+ numbers for each input"),
     "huge constants": ([("Add", ["column", "row"], {}), ("Add", ["x", "0"], {})], r"10{10} numbers of constants"),
     "training dropout": ([("Dropout", ["x", "c1", "true"], {})], "training_mode is true"),
     "batch as a number": ([("Shape", ["x"], {}), ("Cast", ["0"], {"to": 1}), ("Mul", ["x", "1"], {})], "does not depend on the batch"),

@@ -23,7 +23,9 @@ Sizes = tuple[int, int]
 ANY: Sizes = (7919, 104729)  # two trial lengths of a batch that may be of any length: a size that follows both is the batch, one that follows neither is not
 OLDEST, NEWEST = 7, 28  # the opsets that the table below was written for; before 7 operators broadcast and train by other rules
 WIDEST = 4096  # of a border; a larger one is no network but an attempt on the memory
-_LARGEST = 2**26  # numbers in one signal of one batch, and in all folded constants
+_FOLDED_NUMBERS = 2**26  # in all folded constants
+_LARGEST, _LARGEST_BATCH = 2**24, 2**27  # numbers in one signal, of one input and of the batch that a file declares
+_LIMITS = f"up to {_LARGEST} numbers for each input, and {_LARGEST_BATCH} for a batch that the file declares, are supported"
 _MOST = 2**36  # products for one input in the whole network, which is tried on some: several times those of the largest image classifiers
 _POOLED = 8  # a number in the window of a pool costs about as much as so many products
 BATCH_NORM: dict[int, Callable[..., nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
@@ -122,8 +124,8 @@ class Importer:
 
     def input(self, name: str, shape: Shape, batch: Sizes | None) -> None:
         """The one input of the network."""
-        if _numbers(shape, batch) > _LARGEST:
-            raise ModelError(f"its input is {_numbers(shape, batch)} numbers for one run of the network; more than {_LARGEST} are not supported")
+        if _too_large(shape, batch):
+            raise ModelError(f"its input is of shape {shape}{'' if batch in (None, ANY) else f', {batch[0]} at a time'}; {_LIMITS}")
         self.values[name] = Signal(self.graph.placeholder("x"), shape, batch)
 
     def read(self, node: Node) -> None:
@@ -186,8 +188,8 @@ class Importer:
         """One more signal, of a size that can be held in memory."""
         if not shape or 0 in shape:
             node.refuse(f"it makes {shape} of each input, which is not one vector or more")
-        if _numbers(shape, batch) > _LARGEST:
-            node.refuse(f"it makes a signal of {shape}, more than {_LARGEST} numbers for each input or batch")
+        if _too_large(shape, batch):
+            node.refuse(f"it makes a signal of {shape}{'' if batch in (None, ANY) else f', {batch[0]} at a time'}; {_LIMITS}")
         self._spend(node, math.prod(shape))
         return Signal(made, shape, batch, nonnegative)
 
@@ -227,6 +229,8 @@ class Importer:
             node.refuse(f"its input {place} has the shape {array.shape}; {rank} axes are supported")
         if array.dtype != torch.empty(0, dtype=self.dtype).numpy().dtype:
             node.refuse(f"its input {place} is of {array.dtype}, the network of {self.dtype}")
+        if not array.size:
+            node.refuse(f"its input {place} is empty, of shape {array.shape}")
         return torch.from_numpy(np.array(array, order="C"))
 
     def whole(self, node: Node, place: int) -> Array:
@@ -350,8 +354,8 @@ class Importer:
             try:
                 size = _made_of(node.op, [array for array in arrays if array is not None])
                 self.folded += size
-                if self.folded > _LARGEST:
-                    node.refuse(f"it would make up to {size} numbers of constants, {_LARGEST} are supported in all")
+                if self.folded > _FOLDED_NUMBERS:
+                    node.refuse(f"it would make up to {size} numbers of constants; {_FOLDED_NUMBERS} are supported in all")
                 made.append([np.asarray(array) for array in self.fold(node, arrays)])
             except ModelError:
                 raise
@@ -377,9 +381,8 @@ def _made_of(op: str, arrays: Sequence[Array]) -> int:
     return sum(map(math.prod, shapes))
 
 
-def _numbers(shape: Shape, batch: Sizes | None) -> int:
-    """In a signal, for one input, or for as many as the file takes at a time."""
-    return math.prod(shape) * (1 if batch in (None, ANY) else batch[0])
+def _too_large(shape: Shape, batch: Sizes | None) -> bool:
+    return math.prod(shape) > _LARGEST or (batch not in (None, ANY) and math.prod(shape) * batch[0] > _LARGEST_BATCH)
 
 
 def _products(module: nn.Module, into: Shape, out: Shape) -> int:

@@ -47,6 +47,8 @@ def _slice(importer: Importer, node: Node, x: Signal) -> Signal:
 @handles("Split", attributes=("axis", "split", "num_outputs"))
 def _split(importer: Importer, node: Node, x: Signal) -> tuple[Signal, ...]:
     """One part after the other: of the lengths that are given, or of one length, the last of which may be cut where their number is given."""
+    if not all(node.outputs):  # which ends onnxruntime, and all that runs with it
+        node.refuse("each of its outputs needs a name")
     at = importer.axis(node, x, node.get("axis", 0), "axis")
     length, count = x.shape[at - 1], node.get("num_outputs", len(node.outputs))
     sizes = importer.sizes(node, 1, "split")
@@ -84,7 +86,7 @@ def _gather(importer: Importer, node: Node, x: Signal) -> Signal:
 def _part(importer: Importer, node: Node, x: Signal, at: int, places: range) -> Signal:
     if places == range(x.shape[at - 1]):
         return x
-    cut = slice(places.start, places.stop, places.step if places.step > 1 else None)
+    cut = slice(places[0], places[-1] + 1, places.step if places.step > 1 and len(places) > 1 else None) if places else slice(0, 0)
     made = importer.graph.call_function(operator.getitem, (x.node, (*[slice(None)] * at, cut)))
     return importer.signal(node, made, _with(x, at, len(places)), x.batch, x.nonnegative)
 
