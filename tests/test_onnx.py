@@ -296,6 +296,94 @@ def test_an_exported_network_has_the_bound_of_the_original(export, tmp_path):
                 assert found == pytest.approx(certify.lipschitz(fused, input_shape=shape).value, rel=1e-9)
 
 
+class Weighted(nn.Module):
+    """Channels weighted by a small network of their means, as in MobileNetV3, with the activations of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm, self.small, self.head = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = nn.functional.hardswish(self.norm(self.stem(x)))
+        y = y * nn.functional.hardsigmoid(self.small(y.mean((2, 3), keepdim=True)))
+        return self.head(nn.functional.relu6(y).mean((2, 3)))
+
+
+class Joined(nn.Module):
+    """Concatenations, parts, a shuffle of channels, a sum over a stack, and a border that mirrors."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.slopes = nn.Conv2d(2, 4, 3), nn.Conv2d(6, 4, 1), nn.PReLU(4)
+        self.up, self.head = nn.ConvTranspose2d(4, 2, 2, 2), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.slopes(self.first(nn.functional.pad(x, (1, 1, 1, 1), mode="reflect")))
+        y = torch.cat([x, y], 1)
+        n, c, h, w = y.shape
+        y = y.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        a, b = torch.chunk(self.second(y), 2, 1)
+        y = torch.stack([a, b, -a], 1)[:, 1:].sum(1)
+        y = torch.cat([self.up(torch.cat([y, a], 1))[:, :, ::2, 1:7:2].mean(3), y[:, [1, 0], :, 0]], 1).mean(2)
+        return self.head(torch.cat([y, y[:, 1:3], y[:, :2]], 1))
+
+
+class Shaped(nn.Module):
+    """Sizes that are computed, a constant that is expanded to the batch's shape, SiLU and clipping from one side."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = x.reshape(x.shape[0], x.shape[1] * x.shape[2])
+        y = nn.functional.silu(self.inner(y)).clamp(min=-0.1)
+        return self.head(y.view(y.shape[0], 2, -1).flatten(1) * torch.full((6,), 0.5).expand(6) - torch.zeros(6))
+
+
+def test_networks_of_other_families_are_those_of_torch(export, tmp_path):
+    """Whatever the opset, with the batch left open and with a batch of one."""
+    torch.manual_seed(0)
+    for net, shape in ((Weighted(), (3, 12, 12)), (Joined(), (2, 6, 6)), (Shaped(), (2, 3))):
+        for opset in (11, 17):
+            for batch in ({"x": {0: "N"}}, None):
+                imported = from_onnx(export(net.eval(), shape, tmp_path / "net.onnx", opset_version=opset, dynamic_axes=batch))
+                x = torch.randn(5, *shape)
+                torch.testing.assert_close(imported.net(x), net(x), rtol=1e-5, atol=1e-6)
+    assert any(isinstance(module, nn.SiLU) for module in imported.net.modules())
+    assert certify.lipschitz(imported.net, input_shape=(2, 3)).value == pytest.approx(
+        0.5 * 1.0998394 * np.prod([np.linalg.norm(layer.weight.detach().double(), 2) for layer in (net.inner, net.head)]), rel=1e-6
+    )
+
+
+def test_a_product_of_signals_runs_and_has_no_bound(tmp_path):
+    nodes = [node("Tanh", ["x"], ["t"]), node("Mul", ["x", "t"], ["y"])]
+    net = from_onnx(save(tmp_path / "net.onnx", nodes, ["N", 3])).net
+    x = torch.randn(4, 3)
+    torch.testing.assert_close(net(x), x * torch.tanh(x))
+    with pytest.raises(certify.Unsupported, match="mul"):
+        certify.lipschitz(net, input_shape=(3,))
+
+
+def shifted_if_alone(x):
+    return torch.relu(x) + (len(x) == 1)
+
+
+def lost_below(x):
+    return torch.where(x < -3, torch.nan, torch.relu(x))
+
+
+@pytest.mark.parametrize(("wrong", "says"), [(shifted_if_alone, "differs from"), (lost_below, "no finite numbers")])
+@pytest.mark.parametrize("batch", ["N", 1, 2, 6, None])
+def test_an_import_that_is_wrong_for_one_batch_or_gives_nan_is_refused(tmp_path, monkeypatch, wrong, says, batch):
+    path = save(tmp_path / "net.onnx", [node("Relu", ["x"], ["y"])], [3] if batch is None else [batch, 3])
+    assert "by 0 of the largest output" in from_onnx(path).notes[-1]
+    replaced = (lambda self, n, x: self.signal(n, self.graph.call_function(wrong, (x.node,)), x.shape, x.batch), frozenset())
+    monkeypatch.setitem(HANDLERS, "Relu", replaced)
+    with pytest.raises(ModelError, match=says):
+        from_onnx(path)
+
+
 def test_lipsdp_of_an_imported_network_is_that_of_the_original(export, tmp_path):
     torch.manual_seed(1)
     net = nn.Sequential(nn.Flatten(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
