@@ -24,6 +24,7 @@ FORMS = (
     "cifar10:DIR", "cifar10:DIR:train", "folder:DIR",
 )  # fmt: skip
 MAX_BYTES = 16 * 2**30  # of the inputs, as float32: a small file can claim to unpack to anything
+_UNPACKED, _RATIO = 2**30, 200  # bytes that a packed file may always unpack to, and beyond that, times its own size
 _DIGITS = tuple("0123456789")
 _IDX_CLASSES = {
     "mnist": _DIGITS,
@@ -126,6 +127,14 @@ def _check_size(spec: str, sizes: tuple[int, ...], itemsize: int = 4) -> None:
         )
 
 
+def _check_packed(spec: str, name: str, size: int, packed: int) -> None:
+    """A file may unpack to what its size makes credible: pictures of gigabytes take more than a few megabytes."""
+    if size > _UNPACKED and size > _RATIO * packed:
+        raise DataError(
+            f"{spec}: {name} would unpack to {size / 2**30:.3g} GiB from {packed / 2**20:.3g} MiB; no pictures do, so it is not opened: save it uncompressed"
+        )
+
+
 def _existing_folder(spec: str, where: str) -> pathlib.Path:
     path = pathlib.Path(os.path.expanduser(where))
     if not path.is_dir():
@@ -184,6 +193,7 @@ def _npy(spec: str, archive: zipfile.ZipFile, name: str) -> np.ndarray:
     _check_size(spec, sizes, dtype.itemsize)
     if header_bytes + math.prod(sizes) * dtype.itemsize != info.file_size:
         raise DataError(f"{spec}: {name} claims to be {sizes} of {dtype}, and the file holds {info.file_size} bytes for it; save it again with numpy.savez")
+    _check_packed(spec, name, info.file_size, info.compress_size)
     with archive.open(info) as member, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return np.lib.format.read_array(member, allow_pickle=False)
@@ -291,6 +301,7 @@ def _idx(spec: str, folder: pathlib.Path, stem: str, one: tuple[int, ...]) -> np
             if tuple(sizes[1:]) != one or sizes[0] == 0:
                 raise DataError(f"{spec}: {path.name} claims to hold {sizes[0]} entries of shape {tuple(sizes[1:])}, expected at least one of {one}; {again}")
             _check_size(spec, tuple(sizes))
+            _check_packed(spec, path.name, math.prod(sizes), path.stat().st_size if path.suffix == ".gz" else math.prod(sizes))
             values = file.read(math.prod(sizes) + 1)  # one more than there should be; a .gz file compares its checksum at its end
     except (OSError, EOFError, MemoryError, struct.error, zlib.error) as error:
         raise DataError(f"{spec}: {path.name} cannot be read, is damaged or cut off ({_reason(error)}); {again}") from error

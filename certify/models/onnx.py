@@ -18,14 +18,17 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from certify.models.operators import ANY, NEWEST, OLDEST, Array, Importer, Node, Signal, Sizes
+from certify.models.operators.importer import ANY, NEWEST, OLDEST, Array, Fold, Importer, Node, Signal, Sizes
 from certify.models.weights import ModelError, check_start
 from certify.registry import Shape
 from lipnet.checkpoint import first_line
 
 _LARGEST = 2**31  # bytes; what one message of the format can hold
+_NODES = 20_000
+_LONGEST = 1200  # of a message: names in a file may be of any length
 _TOLERANCE = 1e-4  # of the largest output: float32 sums in another order differ by less, another function by more
 _SCALES = (0.01, 0.1, 1.0, 10.0)  # of the random inputs of the comparison
+_BATCHES = (3, 1)  # of the comparison, where the file leaves the length of the batch open
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -53,20 +56,26 @@ def from_onnx(path: str | pathlib.Path, input_shape: Shape | None = None) -> Imp
     except ImportError as error:
         raise ModelError(f"{path}: reading ONNX files needs the package onnx ({error}); install it with: pip install 'lipnet[onnx]'") from error
     hasher = hashlib.sha256()
-    model = _read(onnx, path, hasher)
     try:
+        model = _read(onnx, path, hasher)
         return _imported(onnx, model, path, input_shape, hasher.hexdigest())
     except ModelError as error:
-        raise ModelError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+        said = str(error) if str(error).startswith(str(path)) else f"{path}: {error}"
+        raise ModelError(said if len(said) <= _LONGEST else f"{said[: _LONGEST - 3]}...") from None
 
 
 def _imported(onnx: Any, model: Any, path: pathlib.Path, input_shape: Shape | None, sha256: str) -> Imported:
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if not OLDEST <= opset <= NEWEST:
-        raise ModelError(f"it is written in opset {opset}; {OLDEST} to {NEWEST} are known, so export it in one of these")
+    opsets = [entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")]
+    if len(opsets) != 1 or not OLDEST <= opsets[0] <= NEWEST:
+        raise ModelError(f"it is written in opset {' and '.join(map(str, opsets)) or 'unknown'}; {OLDEST} to {NEWEST} are known, so export it in one of these")
+    opset = opsets[0]
     if model.functions or model.graph.sparse_initializer:
         raise ModelError("it holds functions of its own or sparse tensors, which are not supported; export it without them")
+    if len(model.graph.node) > _NODES:
+        raise ModelError(f"it has {len(model.graph.node)} nodes; up to {_NODES} are supported")
     constants = {tensor.name: _array(onnx, path, tensor) for tensor in model.graph.initializer}
+    if len(constants) != len(model.graph.initializer):
+        raise ModelError("two of its tensors have one name, so programs may read either; export it again")
     inputs = [entry for entry in model.graph.input if entry.name not in constants]
     if len(inputs) != 1 or len(model.graph.output) != 1:
         raise ModelError(f"it has {len(inputs)} inputs and {len(model.graph.output)} outputs; networks of one input and one output can be certified")
@@ -83,7 +92,7 @@ def _imported(onnx: Any, model: Any, path: pathlib.Path, input_shape: Shape | No
     net, output = importer.finish(wanted)
     last = importer.set_aside
     opened, notes = dict[str, Any](), list[str]()
-    if last is not None and wanted == last.outputs[0]:
+    if last is not None and wanted in importer.aside:
         opened["set_aside"] = f"{last.op} {last.label}"
         notes.append(f"{path.name}: its last node, {last.op} {last.label}, is set aside; outputs, margins and constants are those of the logits before it")
         del model.graph.output[:]
@@ -131,9 +140,13 @@ def _take_in(onnx: Any, path: pathlib.Path, tensor: Any, hasher: Any, room: int)
     """Read a tensor from a file beside the model: in its folder or below it, and nowhere else."""
     where = {entry.key: entry.value for entry in tensor.external_data}
     folder = path.resolve().parent
-    file = (folder / where.get("location", "")).resolve()
-    if not file.is_relative_to(folder) or not file.is_file():
-        _cannot(path, tensor, f"lies in {where.get('location')!r}, which is no file in the folder of the model; put it there")
+    try:
+        file = (folder / where.get("location", "")).resolve()
+        inside = file.is_relative_to(folder) and file.is_file()
+    except (OSError, RuntimeError, ValueError):  # names that are too long, links in a circle, a zero byte
+        inside = False
+    if not inside:
+        _cannot(path, tensor, f"lies in {where.get('location', '')[:200]!r}, which is no file in the folder of the model; put it there")
     try:
         offset, size = int(where.get("offset", 0)), file.stat().st_size
         length = int(where.get("length", size - offset))
@@ -169,24 +182,26 @@ def _node(onnx: Any, path: pathlib.Path, proto: Any, place: int, opset: int) -> 
         values[attribute.name] = value.decode(errors="replace") if isinstance(value, bytes) else value
     op = proto.op_type if proto.domain in ("", "ai.onnx") else f"{proto.domain}.{proto.op_type}"
     outputs = tuple(proto.output)
-    while outputs and not outputs[-1]:
-        outputs = outputs[:-1]
+    if not outputs or not outputs[0]:
+        raise ModelError(f"node {proto.name or place!r} ({op}) writes nothing; export the network again")
     return Node(
         proto.name, op, tuple(proto.input), outputs, values, opset, repr(proto.name) if proto.name else f"{place}, which writes {', '.join(map(repr, outputs))}"
     )
 
 
-def _folding(onnx: Any, graph: Any, opset: int) -> Callable[[Node, Sequence[Array | None]], Array]:
+def _folding(onnx: Any, graph: Any, opset: int) -> Fold:
     """What ONNX's own reference makes of a node of constants."""
-    protos = {proto.output[0]: proto for proto in graph.node}
+    protos = {proto.output[0]: proto for proto in graph.node if proto.output}
 
-    def fold(node: Node, arrays: Sequence[Array | None]) -> Array:
+    def fold(node: Node, arrays: Sequence[Array | None]) -> list[Array]:
         from onnx.reference import ReferenceEvaluator
 
         given = {name: array for name, array in zip(node.inputs, arrays, strict=True) if array is not None}
         infos = [onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape) for name, array in given.items()]
-        one = onnx.helper.make_graph([protos[node.outputs[0]]], "one", infos, [onnx.helper.make_empty_tensor_value_info(node.outputs[0])])
-        return np.asarray(ReferenceEvaluator(one, opsets={"": opset}).run(None, given)[0])
+        one = onnx.helper.make_graph([protos[node.outputs[0]]], "one", infos, [onnx.helper.make_empty_tensor_value_info(name) for name in node.outputs])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy remarks on divisions by zero
+            return [np.asarray(array) for array in ReferenceEvaluator(one, opsets={"": opset}).run(None, given)]
 
     return fold
 
@@ -214,23 +229,36 @@ def _input_shape(kind: Any, asked: Shape | None) -> tuple[Shape, Sizes | None]:
 
 @torch.no_grad()
 def _compare(onnx: Any, model: Any, net: torch.fx.GraphModule, shape: Shape, batch: Sizes | None, output: Signal, dtype: torch.dtype) -> tuple[float, str]:
-    """The largest difference of the import from another program, as a part of the largest output at that scale, and which program."""
+    """The largest difference of the import from another program, as a part of the largest output at that scale, and which program. The other program takes
+    batches as the file declares them, or of `_BATCHES`, and the import others: it must not matter to it how many inputs come at a time."""
     others, refused = _others(onnx, model), []
-    length = 4 if batch == ANY else 1 if batch is None else batch[0]
-    generator = torch.Generator().manual_seed(0)
-    inputs = [scale * torch.randn(4 if length == 1 else length, *shape, generator=generator, dtype=torch.float64).to(dtype) for scale in _SCALES]
-    ours = [net(x) for x in inputs]
+    length = 1 if batch in (None, ANY) else batch[0]
+    split = list(_BATCHES) if batch == ANY else [length] * -(-sum(_BATCHES) // length)
+    own = [*_BATCHES, sum(split) - sum(_BATCHES)]
     for by, make in others:
+        generator, largest = torch.Generator().manual_seed(0), 0.0
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 run = make()
-                theirs = [_rows(run, x, length, batch, output) for x in inputs]
+                for scale in _SCALES:
+                    x = scale * torch.randn(sum(split), *shape, generator=generator, dtype=dtype)
+                    theirs = _rows(run, x.split(split), batch, output)
+                    largest = max(largest, _difference(_run(net, x.split(own)), theirs))
+        except ModelError:
+            raise
         except Exception as error:  # not installed, or does not know an operator or a type: the next one is asked
             refused.append(f"{by}: {first_line(error)}")
             continue
-        return max(_difference(a, b) for a, b in zip(ours, theirs, strict=True)), by
+        return largest, by
     raise ModelError(f"no other program runs the file, so the import cannot be compared ({'; '.join(refused)}); export it again")
+
+
+def _run(net: torch.fx.GraphModule, parts: Sequence[Tensor]) -> Tensor:
+    try:
+        return torch.cat([net(part) for part in parts if len(part)])
+    except RuntimeError as error:  # torch's word for many things, memory among them
+        raise ModelError(f"torch does not run the import ({first_line(error)}); please report this") from None
 
 
 def _others(onnx: Any, model: Any) -> Iterator[tuple[str, Callable[[], Callable[[Tensor], Tensor]]]]:
@@ -250,17 +278,20 @@ def _others(onnx: Any, model: Any) -> Iterator[tuple[str, Callable[[], Callable[
     yield "onnx.reference", reference
 
 
-def _rows(run: Callable[[Tensor], Tensor], x: Tensor, length: int, batch: Sizes | None, output: Signal) -> Tensor:
+def _rows(run: Callable[[Tensor], Tensor], parts: Sequence[Tensor], batch: Sizes | None, output: Signal) -> Tensor:
     """The outputs for each input, whatever batch the file takes."""
-    parts = [run(part[0] if batch is None else part) for part in x.split(length)]
+    rows = []
     for part in parts:
-        if part.numel() != length * math.prod(output.shape):
-            raise ValueError(f"it returns {tuple(part.shape)} for {length} inputs")
-    return torch.cat([part.reshape(length, *output.shape) for part in parts])
+        found, wanted = run(part[0] if batch is None else part), (len(part), *output.shape)
+        if tuple(found.shape) != (output.shape if output.batch is None else wanted):
+            raise ValueError(f"it returns {tuple(found.shape)} for {len(part)} inputs")
+        rows.append(found.reshape(wanted))
+    return torch.cat(rows)
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
     if not (torch.isfinite(ours).all() and torch.isfinite(theirs).all()):
         return math.inf
     gap, largest = float((ours.double() - theirs.double()).abs().max()), float(theirs.abs().max())
-    return gap / max(largest, torch.finfo(theirs.dtype).tiny)
+    ratio = gap / max(largest, torch.finfo(theirs.dtype).tiny)
+    return ratio if ratio >= 0 else math.inf
