@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("inspect", "lipschitz", "run", "attack", "report", "check", "convert")
+COMMANDS = ("inspect", "lipschitz", "run", "attack", "audit", "report", "check", "convert")
 
 
 class Exit(enum.IntEnum):

@@ -315,9 +315,9 @@ def _clamp(builder: _Builder, x: Ref, low: Number | None = None, high: Number | 
     """`min(x, high)` and then `max(., low)`, as clamp does where the two cross."""
     if low is not None and high is not None and low > high:
         raise Refused(f"clamps between {low} and {high}")
-    if low is not None:
+    if low is not None and low > -math.inf:
         x = builder.combine((1.0, builder.gate(builder.combine((1.0, x), constant=-float(low)))), constant=float(low))
-    if high is not None:
+    if high is not None and high < math.inf:
         x = builder.combine((-1.0, builder.gate(builder.combine((-1.0, x), constant=float(high)))), constant=float(high))
     return x
 
