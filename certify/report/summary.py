@@ -16,6 +16,7 @@ from certify.text import decimal, down_text, up_text
 SCHEMA = 1
 GUARANTEES = ("proof", "probabilistic", "attack", "estimate")  # from the strongest to the weakest
 MISSING = "-"
+USUAL = {"2": (36 / 255, 72 / 255, 108 / 255, 1.0), "inf": (1 / 255, 2 / 255, 8 / 255)}  # the radii at which published tables give accuracies
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Summary:
     errors: int
     abstained: int
     log: str | None = None  # the published log that the radii are from, and what is known against it; None for radii that were computed
+    near_chance: bool = False  # whether the clean accuracy is below twice that of guessing, as far as labels are known
 
     @property
     def proved(self) -> bool:
@@ -63,6 +65,7 @@ def summarize(run: Run, radii: Sequence[float]) -> Summary:
     labelled = _labelled(run)
     certified = certified_radii(run)
     statuses = [row.get("status") for row in run.rows]
+    clean = sum(map(_right, run.rows)) / len(run.rows) if labelled else None
     return Summary(
         name=run.name,
         method=str(lookup(run.manifest, "method") or MISSING),
@@ -72,14 +75,28 @@ def summarize(run: Run, radii: Sequence[float]) -> Summary:
         data=str(lookup(run.manifest, "data", "sha256") or lookup(run.manifest, "data", "spec") or MISSING),
         count=len(run.rows),
         expected=_expected(run),
-        clean=sum(map(_right, run.rows)) / len(run.rows) if labelled else None,
+        clean=clean,
         certified=tuple(_share_beyond(certified, radius) if labelled else None for radius in radii),
         median_radius=_median(certified, up=_guarantee(run) == "attack"),
         bound=number(lookup(run.manifest, "bound", "value")),
         errors=statuses.count("error"),
         abstained=statuses.count("abstained"),
         log=_log(run),
+        near_chance=clean is not None and _near_chance(clean, run),
     )
+
+
+def usual_radii(norms: Iterable[str]) -> list[float]:
+    """The radii of tables in these norms, in ascending order; where nothing is usual, those of l2."""
+    return sorted({radius for norm in norms for radius in USUAL.get(norm, USUAL["2"])})
+
+
+def of_one_norm(summaries: Sequence[Summary]) -> list[list[Summary]]:
+    """The summaries by norm, in the order of their first: radii in two norms stand in no table and no drawing together."""
+    groups: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        groups.setdefault(summary.norm, []).append(summary)
+    return list(groups.values())
 
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
@@ -206,6 +223,12 @@ def _labelled(run: Run) -> bool:
     return bool(rows) and all(row.get("label") is not None for row in rows)
 
 
+def _near_chance(clean: float, run: Run) -> bool:
+    """Below twice the accuracy of guessing, or for two classes below 60 %."""
+    labels = {row.get("label") for row in run.rows} - {None}
+    return len(labels) > 1 and clean < min(2 / len(labels), 0.6)
+
+
 def _share_beyond(ordered: Sequence[float], radius: float) -> float:
     return (len(ordered) - bisect_right(ordered, radius)) / max(len(ordered), 1)
 
@@ -238,6 +261,9 @@ def _notes_of(summary: Summary) -> list[str]:
     told = {
         f"{name}: not finished, {count} of {expected} inputs are done; the shares are of those {count}.": count < expected,
         f"{name}: {count} rows for {expected} inputs; run `certify check` before trusting any number.": count > expected,
+        f"{name}: clean accuracy {percent(summary.clean)} is near that of guessing; check label order and preprocessing before trusting any radius.": (
+            summary.near_chance
+        ),
         f"{name}: {summary.errors} of {count} inputs ended in an error; they count as not right and not certified.": summary.errors,
         f"{name}: abstained on {summary.abstained} of {count} inputs; they count as not right and not certified.": summary.abstained,
         f"{name}: the inputs have no labels, so there are no accuracies; the radius is that of the prediction, right or wrong.": summary.clean is None,
