@@ -11,7 +11,6 @@ import math
 import pathlib
 import random
 import re
-import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -28,6 +27,7 @@ from certify.report import (
     html,
     notes,
     percent,
+    plots,
     print_table,
     radius_label,
     radius_text,
@@ -35,7 +35,6 @@ from certify.report import (
     tsv,
     usual_radii,
 )
-from certify.report import plots
 from certify.report.page import COLOURS, GROUNDS
 from certify.text import parse_radius
 

@@ -16,8 +16,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from certify.report.plots import Plot, Shown, costs, curves, margins, radii_histogram, reach, sandwich, shown, time_text, waterfall
-from certify.report.sandwich import all_contradictions, sandwiches
+from certify.report import histograms
+from certify.report.plots import Plot, Shown, costs, curves, reach, sandwich, shown, time_text, waterfall
+from certify.report.sandwich import accused, all_contradictions, sandwiches
 from certify.report.summary import (
     MISSING,
     USUAL,
@@ -30,7 +31,6 @@ from certify.report.summary import (
     measures_text,
     norm_text,
     notes,
-    number,
     of_one_norm,
     percent,
     plain,
@@ -108,7 +108,7 @@ def html(runs: Sequence[Run], radii: Sequence[float], title: str) -> str:
         colours=COLOURS,
         first=None if contradicted else _first(groups, radii),
         subjects=_subjects(runs),
-        statements=_statements(runs, summaries),
+        statements=_statements(runs, summaries, accused(runs)),
         inputs=_inputs(runs),
         contradictions=contradicted,
         notes=notes(summaries),
@@ -146,14 +146,14 @@ def _waterfalls(items: Sequence[Shown]) -> list[tuple[str, Plot]]:
     for item in items:
         bound = lookup(item.run.manifest, "bound")
         if bound is not None:
-            networks.setdefault(f"{lookup(bound, 'network')} {_arrow(lookup(bound, 'norm'))} {lookup(bound, 'domain')}", []).append(item)
-    found = []
-    for same in networks.values():
-        parts = next((parts for item in same if (parts := lookup(item.run.manifest, "bound", "parts"))), [])
-        totals = [(item, item.summary.bound) for item in same if item.summary.bound]
-        plot = waterfall(parts, totals)
-        found += [(", ".join(item.summary.name for item in same), plot)] if plot else []
-    return found
+            same = lookup(bound, "network") or item.letter  # without a digest it may be any other
+            networks.setdefault(f"{same} {_arrow(lookup(bound, 'norm'))} {lookup(bound, 'domain')}", []).append(item)
+    plots = []
+    for group in networks.values():
+        lists = [parts for parts in (lookup(item.run.manifest, "bound", "parts") for item in group) if parts]
+        plot = waterfall(lists[0] if lists else [], [(item, item.summary.bound) for item in group if item.summary.bound])
+        plots += [(", ".join(item.summary.name for item in group), plot)] if plot else []
+    return plots
 
 
 def _subjects(runs: Sequence[Run]) -> list[list[tuple[str, str]]]:
@@ -216,11 +216,12 @@ def _change(norm: str) -> str:
     return f"perturbation of {norm_text(norm)} norm" if is_norm(norm) else f'change of "{norm}"'
 
 
-def _statements(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[Statement]:
+def _statements(runs: Sequence[Run], summaries: Sequence[Summary], wrong: set[str]) -> list[Statement]:
     """The sentence that each run's radii stand for; runs with the same sentence share it."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for run, summary in zip(runs, summaries, strict=True):
-        grouped.setdefault((summary.guarantee, _statement(run, summary)), []).append(summary.name)
+        told = "contradicted by an attack (see above), so this does not hold as it stands: " * (summary.name in wrong)
+        grouped.setdefault((summary.guarantee, told + _statement(run, summary)), []).append(summary.name)
     return [Statement(names, guarantee, text) for (guarantee, text), names in grouped.items()]
 
 
@@ -272,11 +273,14 @@ def _items(groups: Sequence[Group]) -> list[Item]:
     for group in groups:
         end = reach(group.items)
         for item in group.items:
-            key = repr([(row.get("index"), row.get("margin"), row.get("label"), row.get("prediction")) for row in item.run.rows])
+            origin = [lookup(item.run.manifest, what, "sha256") for what in ("model", "data")]
+            key = repr(origin) + repr([(row.get("index"), row.get("margin"), row.get("label"), row.get("prediction")) for row in item.run.rows])
             first = drawn.setdefault(key, item.letter)
-            found = margins(item)
+            found = histograms.margins(item)
             same = first if found and first != item.letter else ""
-            items.append(Item(item, _outcomes(item.run, item.summary), radii_histogram(item, end), None if same else found, same, _provenance(item.run.manifest)))
+            items.append(
+                Item(item, _outcomes(item.run, item.summary), histograms.radii(item, end), None if same else found, same, _provenance(item.run.manifest))
+            )
     return items
 
 

@@ -98,7 +98,7 @@ def sandwich_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _between(proofs: Sequence[Run], attacks: Sequence[Run]) -> list[Between]:
     """By distance, then by radius. An input that an attack did not try, or that is classified wrong, is not there."""
-    ours = {}
+    ours: dict[int, list[tuple[float, str, Mapping[str, Any]]]] = {}
     for proof in proofs:
         for row in proof.rows:
             ours.setdefault(row["index"], []).append((_radius(row), proof.name, row))
@@ -123,6 +123,12 @@ def _radius(row: Mapping[str, Any]) -> float:
 def _distance(row: Mapping[str, Any]) -> float:
     distance = number(row.get("radius"))
     return math.inf if row.get("status") == "survived" or distance is None else distance
+
+
+def accused(runs: Sequence[Run]) -> set[str]:
+    """The names of the runs that are contradicted."""
+    attacks = [run for run in runs if summarize(run, ()).attacked]
+    return {one.name for one in runs for other in attacks if incomparable(one, other) is None and contradictions(one, other)}
 
 
 def _why(row: Mapping[str, Any], attack: Mapping[str, Any]) -> str | None:

@@ -111,7 +111,18 @@ def certified_radii(run: Run) -> list[float]:
 
     Of an attack, the distance that it found; infinite where it found no point. Such a run is never shown as one that certifies.
     """
-    return sorted(_certified_radius(row) for row in run.rows)
+    return sorted(certified_radius(row) for row in run.rows)
+
+
+def certified_radius(row: Mapping[str, Any]) -> float:
+    """The radius of a row where it counts, otherwise 0; of an attack the distance, infinite where it found no point."""
+    radius = number(row.get("radius"))
+    if row.get("guarantee") == "attack" and row.get("status") in ("attacked", "survived") and _right(row):
+        return math.inf if row["status"] == "survived" or radius is None else radius
+    if row.get("status") != "certified" or radius is None or not radius > 0:
+        return 0.0
+    wrong = row.get("label") is not None and "prediction" in row and not _right(row)
+    return 0.0 if wrong else radius
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
@@ -141,14 +152,15 @@ def percent(share: float | None, up: bool = False) -> str:
 
 
 def radius_text(radius: float | None, up: bool = False) -> str:
-    """A radius rounded down, or with `up` rounded up: to 4 decimals, or to 3 digits if it is below 0.01."""
+    """A radius rounded down, or with `up` rounded up: to 4 decimals; to 3 digits if it is below 0.01, to 6 from 1e9 on."""
     if radius is None:
         return MISSING
     if not math.isfinite(radius) or radius == 0:
         return f"{radius:g}"
-    if radius >= 0.01:
+    if 0.01 <= radius < 1e9:
         return str(decimal(radius).quantize(Decimal("0.0001"), ROUND_CEILING if up else ROUND_FLOOR))
-    return up_text(radius, 3) if up else down_text(radius, 3)
+    digits = 3 if radius < 0.01 else 6
+    return up_text(radius, digits) if up else down_text(radius, digits)
 
 
 def bound_text(bound: float | None, digits: int = 5) -> str:
@@ -200,16 +212,6 @@ def _as_json(summary: Summary) -> dict[str, Any]:
     if summary.attacked:
         run["not_attacked"] = run.pop("certified")
     return run
-
-
-def _certified_radius(row: Mapping[str, Any]) -> float:
-    radius = number(row.get("radius"))
-    if row.get("guarantee") == "attack" and row.get("status") in ("attacked", "survived") and _right(row):
-        return math.inf if row["status"] == "survived" or radius is None else radius
-    if row.get("status") != "certified" or radius is None or not radius > 0:
-        return 0.0
-    wrong = row.get("label") is not None and "prediction" in row and not _right(row)
-    return 0.0 if wrong else radius
 
 
 def _right(row: Mapping[str, Any]) -> bool:

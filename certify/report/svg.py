@@ -13,7 +13,8 @@ from html import escape
 from certify.report.summary import plain
 
 WIDTH = 460.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 14.0, 12.0, 46.0
+RIGHT, TOP, BOTTOM = 22.0, 12.0, 50.0
+LETTER = 9.0  # the width of most letters, at the size of a telephone
 
 Ticks = tuple[tuple[float, str], ...]
 
@@ -61,8 +62,9 @@ def round_step(least: float) -> float:
 class Drawing:
     """Two axes and what is added between them; `str` is the element."""
 
-    def __init__(self, title: str, x: Axis, y: Axis, height: float = 290.0, left: float = LEFT) -> None:
-        self.title, self.x, self.y, self.height, self.left = title, x, y, height, left
+    def __init__(self, title: str, x: Axis, y: Axis, height: float = 290.0) -> None:
+        self.title, self.x, self.y, self.height = title, x, y, height
+        self.left = 8 + LETTER * max((len(text) for _, text in y.ticks), default=0) + 25 * bool(y.label)
         self._parts: list[str] = []
 
     def across(self, value: float) -> float:
@@ -124,12 +126,12 @@ class Drawing:
             parts.append(f'<text class="end" x="{_text(self.left - 6)}" y="{_text(self.up(value) + 4.5)}">{_safe(text)}</text>')
         for value, text in self.x.ticks:
             parts.append(f'<path class="axis" d="M{_text(self.across(value))} {_text(bottom)}v4"/>')
-            parts.append(f'<text class="middle" x="{_text(self.across(value))}" y="{_text(bottom + 18)}">{_safe(text)}</text>')
+            parts.append(f'<text class="middle" x="{_text(self.across(value))}" y="{_text(bottom + 21)}">{_safe(text)}</text>')
         parts.append(f'<path class="axis" d="M{_text(self.left)} {_text(bottom)}H{_text(right)}"/>')
         middle = (self.left + right) / 2
         parts.append(f'<text class="middle" x="{_text(middle)}" y="{_text(self.height - 6)}">{_safe(self.x.label)}</text>')
         if self.y.label:
-            turn = f"translate(13 {_text((TOP + bottom) / 2)}) rotate(-90)"
+            turn = f"translate(16 {_text((TOP + bottom) / 2)}) rotate(-90)"
             parts.append(f'<text class="middle" transform="{turn}">{_safe(self.y.label)}</text>')
         return "".join(parts)
 
