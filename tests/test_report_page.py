@@ -312,6 +312,13 @@ def test_a_row_that_is_none_is_named_by_file_and_line(tmp_path, capsys, changes,
     assert not (tmp_path / "r.html").exists()
 
 
+def test_a_row_of_another_guarantee_is_no_attack(tmp_path):
+    run = attack(many(count=5))
+    run.rows[2].pop("guarantee")
+    with pytest.raises(CertifyError, match=r"line 3: the guarantee is None, in a folder of attacks"):
+        read(written(tmp_path / "a", run))
+
+
 @pytest.mark.parametrize(
     ("changes", "match"),
     [

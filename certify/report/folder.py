@@ -61,6 +61,8 @@ def _row(where: str, line: str, manifest: Mapping[str, Any]) -> dict[str, Any]:
             raise CertifyError(f"{where}: {found}, and it should be {kind}; delete the line and repeat the run")
     if row["status"] in _WITH_RADIUS and row.get("radius") is None:
         raise CertifyError(f"{where}: the status is {row['status']}, and there is no radius; delete the line and repeat the run")
+    if manifest.get("guarantee") == "attack" and row.get("guarantee") != "attack":
+        raise CertifyError(f"{where}: the guarantee is {_short(row.get('guarantee'))}, in a folder of attacks; delete the line and repeat the run")
     if row.get("norm") is not None and manifest.get("norm") is not None and row["norm"] != manifest["norm"]:
         raise CertifyError(
             f"{where}: the norm is {_short(row['norm'])}, in the manifest {_short(manifest['norm'])}; a folder has one norm; delete the line and repeat the run"

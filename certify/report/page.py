@@ -271,15 +271,22 @@ def _items(groups: Sequence[Group]) -> list[Item]:
     items: list[Item] = []
     drawn: dict[str, str] = {}
     for group in groups:
-        end = reach(group.items)
         for item in group.items:
+            own, shared = reach([item]), reach(group.items)
             origin = [lookup(item.run.manifest, what, "sha256") for what in ("model", "data")]
             key = repr(origin) + repr([(row.get("index"), row.get("margin"), row.get("label"), row.get("prediction")) for row in item.run.rows])
             first = drawn.setdefault(key, item.letter)
             found = histograms.margins(item)
             same = first if found and first != item.letter else ""
             items.append(
-                Item(item, _outcomes(item.run, item.summary), histograms.radii(item, end), None if same else found, same, _provenance(item.run.manifest))
+                Item(
+                    item,
+                    _outcomes(item.run, item.summary),
+                    histograms.radii(item, shared if own > shared / 10 else own),
+                    None if same else found,
+                    same,
+                    _provenance(item.run.manifest),
+                )
             )
     return items
 
