@@ -204,8 +204,8 @@ def test_time_and_tightness_are_of_runs_that_certify():
     proof = many("p")
     slow = Run("slow", proof.manifest, [{**found, "seconds": 2.5} for found in many("slow", 1).rows])
     plot = plots.costs(shown(proof, slow, attack(proof)))
-    assert [cells[:3] for cells in plot.rows] == [("A p", "proof", "2 ms"), ("B slow", "proof", "2.5 s")]
-    assert plot.rows[0][4] == radius_text(summarize(proof, ()).median_radius)
+    assert [cells[:2] for cells in plot.rows] == [("A p", "2 ms"), ("B slow", "2.5 s")]
+    assert plot.rows[0][3] == radius_text(summarize(proof, ()).median_radius)
     assert plots.costs(shown(proof, attack(proof))) is None
 
 

@@ -259,7 +259,6 @@ def costs(items: Sequence[Shown]) -> Plot | None:
     rows = [
         (
             f"{item.letter} {item.summary.name}",
-            item.summary.guarantee,
             time_text(statistics.median(seconds)),
             time_text(sum(seconds)),
             radius_text(item.summary.median_radius),
@@ -269,7 +268,7 @@ def costs(items: Sequence[Shown]) -> Plot | None:
     caption = "Up and to the left is better. Times are those of the rows, on the machine of each run; what is done once before them is not in them, "
     caption += "such as the bound of the network."
     caption += " Dotted: the median distance of an attack, which no proof of the same network passes on the same inputs." * math.isfinite(attack)
-    return Plot(str(drawing), caption, ("run", "guarantee", "per input", "all rows", "median radius"), rows)
+    return Plot(str(drawing), caption, ("run", "per input", "all rows", "median radius"), rows)
 
 
 def time_text(seconds: float) -> str:
