@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import time
 from fractions import Fraction
 
@@ -200,6 +201,18 @@ def test_abstentions_stand_beside_the_radii_of_a_smoothed_classifier():
     assert "Over all 360 inputs, at most 0.36 of them are expected to be wrong." in page
 
 
+def test_margins_that_cannot_change_have_radii_beyond_every_edge(tmp_path):
+    """What a last layer of zeros gives: the largest float64."""
+    endless = [row(index, sys.float_info.max, margin=1.0) for index in range(9)]
+    mixed = [*endless[:2], *(row(index, 0.1 * index, margin=1.0) for index in range(2, 9))]
+    runs = [Run("endless", manifest(data={"count": 9}), endless), Run("mixed", manifest(data={"count": 9}), mixed)]
+    page = words(html([read(written(tmp_path / run.name, run)) for run in runs], [], "t"))
+    assert "9 are beyond the right edge" in page
+    assert "2 are beyond the right edge" in page
+    assert "100.0 % 100.0 % 100.0 % 100.0 % 1.79769e+308" in page
+    assert plots.reach(shown(*runs)) == 0.8
+
+
 def test_time_and_tightness_are_of_runs_that_certify():
     proof = many("p")
     slow = Run("slow", proof.manifest, [{**found, "seconds": 2.5} for found in many("slow", 1).rows])
@@ -274,7 +287,7 @@ def broken(tmp_path, line=None, **changes):
         ({"radius": -0.1}, "radius is -0.1"),
         ({"radius": math.nan}, "radius is nan"),
         ({"radius": math.inf}, "radius is inf"),
-        ({"radius": 1e31}, "radius is 1e"),
+        ({"line": '{"index": 2, "status": "certified", "radius": 1e999}'}, "radius is inf"),
         ({"radius": 10**400}, "radius is a number of many digits"),
         ({"radius": "0.5"}, "radius is '0.5'"),
         ({"radius": True}, "radius is True"),

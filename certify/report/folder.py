@@ -6,8 +6,8 @@ What is passed over, as everywhere, is a last line without a newline: that is wh
 from __future__ import annotations
 
 import json
-import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +16,6 @@ from certify.report.summary import Run, lookup
 from certify.results import read_manifest
 
 _TIMES = ("seconds",)  # what two rows of one input may differ in
-_LARGEST = 1e30  # no radius, margin or time is larger; a drawing of one would have no room for the others
 
 Test = Callable[[Any], bool]
 
@@ -99,8 +98,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    """A number that is not negative, and neither NaN nor beyond all reason."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+    """A number that is not negative, and neither NaN nor beyond what a float64 holds: margins that cannot change have radii that are not far from that."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def _or_none(test: Test) -> Test:
@@ -113,11 +112,7 @@ def _list_of(test: Test) -> Test:
 
 def _is_part(value: Any) -> bool:
     """A part of a Lipschitz bound."""
-    return isinstance(value, dict) and _or_none(_is_bound)(value.get("value")) and _or_none(_is_whole)(value.get("depth"))
-
-
-def _is_bound(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+    return isinstance(value, dict) and _or_none(_is_size)(value.get("value")) and _or_none(_is_whole)(value.get("depth"))
 
 
 def _is_chance(value: Any) -> bool:
@@ -125,11 +120,11 @@ def _is_chance(value: Any) -> bool:
 
 
 def _is_range(value: Any) -> bool:
-    return _list_of(lambda end: isinstance(end, int | float) and not isinstance(end, bool) and abs(end) <= _LARGEST)(value) and len(value) == 2
+    return _list_of(lambda end: isinstance(end, int | float) and not isinstance(end, bool) and abs(end) <= sys.float_info.max)(value) and len(value) == 2
 
 
 _WITH_RADIUS = ("certified", "attacked")
-_SIZE = (_or_none(_is_size), f"a number from 0 to {_LARGEST:g}, or null")
+_SIZE = (_or_none(_is_size), "a finite number that is not negative, or null")
 _WORD = (_or_none(_is_text), "text")
 _ROW: dict[str, tuple[Test, str]] = {
     "index": (lambda value: _is_whole(value) and value >= 0, "a whole number from 0 on"),
@@ -154,7 +149,7 @@ _MANIFEST: dict[str, tuple[Test, str]] = {
     "data.count": (lambda value: _is_whole(value) and value >= 0, "a whole number from 0 on"),
     "failure": (_is_chance, "a probability, or null"),
     "input.range": (_is_range, "a pair of numbers"),
-    "bound.value": (_is_bound, "a number that is not negative"),
+    "bound.value": (_is_size, "a number that is not negative"),
     "bound.norm": (lambda value: isinstance(value, list) and all(isinstance(each, int | float | str) for each in value), "a list of norms"),
     "bound.parts": (_list_of(_is_part), "a list of parts with their values"),
 }

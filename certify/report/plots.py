@@ -33,6 +33,7 @@ COLOURS = 6  # classes c0 to c5 of the page; further runs begin again, and are t
 STYLES = {"proof": "", "probabilistic": "chance"}  # dashes; what certifies nothing is dotted
 _MANY = 120  # inputs of a sandwich that are drawn
 _PARTS = 40  # parts of a bound that are drawn
+_ENDLESS = 1e30  # radii beyond it are of margins that cannot change; they are beyond the edge of every drawing
 _LARGEST = 1e300  # beyond it a product is not followed
 
 
@@ -243,12 +244,12 @@ def _largest(steps: Sequence[_Step]) -> list[_Step]:
 
 def costs(items: Sequence[Shown]) -> Plot | None:
     """Time against tightness: for each run that certifies, the seconds of an input and the median radius. None for a single one."""
-    timed = [(item, seconds, min(item.summary.median_radius or 0.0, 1e30)) for item in items if not item.summary.attacked and (seconds := _seconds(item.run))]
+    timed = [(item, seconds, item.summary.median_radius or 0.0) for item in items if not item.summary.attacked and (seconds := _seconds(item.run))]
     if len(timed) < 2:
         return None
     medians = [max(statistics.median(seconds), 1e-6) for _, seconds, _ in timed]
     attack = min((item.summary.median_radius or 0.0 for item in items if item.summary.attacked and item.summary.count), default=math.inf)
-    high = max([radius for _, _, radius in timed] + [attack] * math.isfinite(attack)) or 1.0
+    high = end_of([attack, *(radius for _, _, radius in timed)])
     x = logarithmic(min(medians) / 2, max(medians) * 2, "median seconds per input (log scale)")
     drawing = Drawing("Median radius against the time that an input takes", x, linear(0, high * 1.1, "median radius"))
     if math.isfinite(attack):
@@ -283,7 +284,7 @@ def reach(items: Sequence[Shown]) -> float:
 
 def end_of(values: Iterable[float], least: float = 1.0) -> float:
     """The right end of a scale: the largest finite number, unless a few are far beyond all others; `least` where there is none above 0."""
-    positive = sorted(value for value in values if 0 < value < math.inf)
+    positive = sorted(value for value in values if 0 < value <= _ENDLESS)
     if not positive:
         return least
     usual = positive[math.floor(0.95 * (len(positive) - 1))]
