@@ -165,7 +165,8 @@ def waterfall(parts: Sequence[Mapping[str, Any]], totals: Sequence[tuple[Shown, 
     steps = _steps(parts)
     drawn = _largest(steps)
     values = [1.0, *(bound for _, bound in totals), *(end for step in drawn for end in (step.before, step.after))]
-    low, high = min(max(min(values), max(values) / 1e12) / 1.3, 0.8), max(values) * 1.3
+    most = min(max(values), _LARGEST)
+    low, high = min(max(min(values), most / 1e12) / 1.3, 0.8), most * 1.3
     x = logarithmic(low, max(high, 10 * low), "product of the bounds so far (log scale)")
     bottom = len(drawn) + 1
     y = Axis(bottom, 0, "", tuple((place, step.label) for place, step in enumerate(drawn, 1)))
@@ -247,7 +248,7 @@ def costs(items: Sequence[Shown]) -> Plot | None:
     timed = [(item, seconds, item.summary.median_radius or 0.0) for item in items if not item.summary.attacked and (seconds := _seconds(item.run))]
     if len(timed) < 2:
         return None
-    medians = [max(statistics.median(seconds), 1e-6) for _, seconds, _ in timed]
+    medians = [min(max(statistics.median(seconds), 1e-6), _ENDLESS) for _, seconds, _ in timed]
     attack = min((item.summary.median_radius or 0.0 for item in items if item.summary.attacked and item.summary.count), default=math.inf)
     high = end_of([attack, *(radius for _, _, radius in timed)])
     x = logarithmic(min(medians) / 2, max(medians) * 2, "median seconds per input (log scale)")
