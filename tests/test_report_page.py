@@ -16,7 +16,7 @@ from fractions import Fraction
 import pytest
 import torch
 from test_graph import Residual
-from test_report import HOSTILE, manifest, many, row
+from test_report import HOSTILE, assert_whole, manifest, many, row
 from torch import nn
 
 from certify import lipschitz
@@ -211,6 +211,9 @@ def test_margins_that_cannot_change_have_radii_beyond_every_edge(tmp_path):
     assert "2 are beyond the right edge" in page
     assert "100.0 % 100.0 % 100.0 % 100.0 % 1.79769e+308" in page
     assert plots.reach(shown(*runs)) == 0.8
+    largest = sys.float_info.max
+    every = Run("all", manifest(bound=bound(largest)), [row(i, 0.1 * i, margin=largest * (i > 0), seconds=largest) for i in range(5)])
+    assert_whole(html([every, runs[1], attack(every)], [], "t"))
 
 
 def test_time_and_tightness_are_of_runs_that_certify():

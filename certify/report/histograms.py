@@ -54,7 +54,7 @@ def margins(item: Shown) -> Plot | None:
     edges = _edges(end_of(margin for found in sides.values() for margin in found))
     width, last = edges[0][1] - edges[0][0], edges[-1][0]
     # what is beyond the right edge is in the last interval, a margin of 0 in the first
-    places = {side: [min(max(math.ceil(margin / width) - 1, 0), len(edges) - 1) for margin in found] for side, found in sides.items()}
+    places = {side: [max(math.ceil(min(margin / width, len(edges))) - 1, 0) for margin in found] for side, found in sides.items()}
     counts = {side: [found.count(place) for place in range(len(edges))] for side, found in places.items()}
     x, y = linear(0, edges[-1][1], "margin (units of the logits)"), _counted(count for found in counts.values() for count in found)
     drawing = Drawing(f"Margins of {item.summary.name}, right and wrong", x, y, _HEIGHT)

@@ -29,7 +29,7 @@ class Between:
     @property
     def share(self) -> float:
         """The part of the distance that is certified. What is left of it is for better proofs and better attacks to settle."""
-        return self.radius / self.distance if self.distance else math.inf
+        return min(self.radius / self.distance, 1.0) if self.distance else 1.0
 
 
 def incomparable(certified: Run, attacked: Run) -> str | None:
