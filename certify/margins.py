@@ -96,6 +96,23 @@ def robustness(net: nn.Module, inputs: Tensor, method: RobustnessMethod) -> Cert
     return method.certify(net, inputs)
 
 
+def gap(
+    z: Array,  # (classes,)
+) -> float | None:
+    """How far the largest logit is ahead of the next, rounded down; None for logits that are not finite. What a row says of its margin."""
+    if not np.isfinite(z).all():
+        return None
+    second, first = np.sort(z)[-2:]
+    return max(0.0, float(np.nextafter(first - second, -np.inf)))
+
+
+def same_gap(stored: object, found: float | None) -> bool:
+    """Whether a stored margin is the one that is found again. Both are of logits that another BLAS may move by some 1e-7 of their size, layer by layer."""
+    if found is None or isinstance(stored, bool) or not isinstance(stored, float | int):
+        return stored is found
+    return abs(stored - found) <= 1e-5 * max(1.0, found)
+
+
 @torch.no_grad()
 def logits(graph: Graph, inputs: Tensor) -> Array:
     """The logits of the frozen network, with its weights and the inputs taken exactly into float64."""

@@ -19,7 +19,7 @@ from certify.certificate import Certificate
 from certify.data import Dataset
 from certify.errors import CertifyError
 from certify.graph import Graph
-from certify.margins import RobustnessMethod, logits
+from certify.margins import RobustnessMethod, gap, logits, same_gap
 from certify.spectral import as_float64
 
 Seen = TypeVar("Seen")
@@ -85,6 +85,7 @@ def row(method: OneByOne[Any], graph: Graph, seen: object, dataset: Dataset, ind
         "label": int(dataset.labels[index]),
         "prediction": prediction,
         "runner_up": runner_up,
+        "margin": gap(z),
         "method": method.name,
         "norm": f"{method.norm:g}",
         "radius": radius,
@@ -103,6 +104,8 @@ def contradictions(method: OneByOne[Any], graph: Graph, seen: object, dataset: D
     known = {"label": label, "prediction": prediction, "status": _status(prediction, label)}
     known |= {"method": method.name, "norm": f"{method.norm:g}", "guarantee": "proof"}
     wrong = [f"input {index}: {key} is stored as {row.get(key)!r}, the proof gives {value!r}" for key, value in known.items() if row.get(key) != value]
+    if "margin" in row and not same_gap(row["margin"], gap(z)):
+        wrong.append(f"input {index}: the margin is stored as {row['margin']!r}, the logits give {gap(z)!r}")
     if isinstance(radius, bool) or not isinstance(radius, float | int) or not (radius >= 0 and math.isfinite(radius)):
         return [*wrong, f"input {index}: the radius is stored as {radius!r}, which no proof gives"]
     if radius > 0 and not method.proved(seen, x, z, radius * (1 - tolerance)):

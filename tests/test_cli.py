@@ -130,6 +130,8 @@ def tampered(folder, change):
         (lambda found: found[3].update(label=(found[3]["label"] + 1) % 10), "label is stored as"),
         (lambda found: found[3].update(guarantee="probabilistic"), "guarantee is stored as"),
         (lambda found: found[3].pop("radius"), "the radius is stored as None"),
+        (lambda found: found[3].update(margin=found[3]["margin"] + 1e-3), "the margin is stored as"),
+        (lambda found: found[3].update(margin=None), "the margin is stored as None"),
         (lambda found: found[3].update(index=300), "not among those"),
     ],
 )

@@ -593,6 +593,7 @@ def test_a_run_at_a_radius_counts_at_that_radius(model, tmp_path, capsys):
         ({"status": "maybe"}, "status is stored as"),
         ({"norm": "inf"}, "norm is stored as"),
         ({"guarantee": "probabilistic"}, "guarantee is stored as"),
+        ({"margin": 1e3}, "the margin is stored as 1000.0"),
         ({"index": 300}, "not among those"),
     ],
 )

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from certify.models import Model
     from certify.smoothing.schedule import Procedure
 
-DEFAULT_RADII = ("36/255", "72/255", "108/255")
-
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what a model may need to be told."""
@@ -107,9 +105,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
 
 def add_eps(parser: argparse.ArgumentParser) -> None:
     """--eps."""
-    parser.add_argument(
-        "--eps", type=radii, action="extend", metavar="R,...", help=f"radii of the table, such as 36/255,0.5 (default {','.join(DEFAULT_RADII)})"
-    )
+    usual = "36/255, 72/255, 108/255 and 1, in the maximum norm 1/255, 2/255 and 8/255"
+    parser.add_argument("--eps", type=radii, action="extend", metavar="R,...", help=f"radii of the table, such as 36/255,0.5 (default {usual})")
 
 
 def add_radii(parser: argparse.ArgumentParser) -> None:

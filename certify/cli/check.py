@@ -383,6 +383,7 @@ def _row_differences(
 ) -> list[str]:
     """A stored radius may be smaller than the proved one, never larger; predictions, labels and statuses are the same."""
     from certify.cli.run import margin_rows
+    from certify.margins import same_gap
 
     selected = set(manifest["selection"])
     wrong = [f"input {row['index']} is not among those that were selected" for row in rows if row["index"] not in selected]
@@ -391,6 +392,8 @@ def _row_differences(
         (proved,) = margin_rows(graph, dataset, method, [row["index"]])
         differing = [key for key in ("label", "prediction", "status", "norm", "guarantee", "method") if row.get(key) != proved[key]]
         wrong += [f"input {row['index']}: {key} is stored as {row.get(key)!r}, the proof gives {proved[key]!r}" for key in differing]
+        if "margin" in row and not same_gap(row["margin"], proved["margin"]):
+            wrong.append(f"input {row['index']}: the margin is stored as {row['margin']!r}, the logits give {proved['margin']!r}")
         radius = row.get("radius")
         if not isinstance(radius, float | int) or not radius <= proved["radius"] * (1 + _TOLERANCE):
             wrong.append(f"input {row['index']}: the radius is stored as {radius!r}, the proof gives {proved['radius']!r}")

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from certify.cli.arguments import DEFAULT_RADII, add_json, add_radii, radius
+from certify.cli.arguments import add_json, add_radii
 
 if TYPE_CHECKING:
     from certify.report import Run, Summary
@@ -46,7 +46,7 @@ def _run(args: argparse.Namespace) -> int:
 
     runs = _read(args.folders)
     if args.html:
-        write_atomically(args.html, html(runs, [value for _, value in args.eps or _default()], title="Certified robustness"))
+        write_atomically(args.html, html(runs, [value for _, value in args.eps or ()], title="Certified robustness"))
     if args.tsv:
         if len(runs) != 1:
             raise CertifyError(f"--tsv writes one folder, got {len(runs)}; call certify report once for each")
@@ -59,19 +59,22 @@ def show(folders: Sequence[pathlib.Path], eps: Radii | None, gates: Gates, as_js
     from certify.cli import Exit
     from certify.cli.console import out, print_json, warn
     from certify.report import as_json as report_json
-    from certify.report import print_table, summarize
-    from certify.report.sandwich import all_contradictions
+    from certify.report import of_one_norm, print_table, summarize
+    from certify.report.sandwich import all_contradictions, sandwich_json
 
-    runs, radii = _read(folders), [value for _, value in eps or _default()]
+    runs = _read(folders)
+    radii = _asked(eps, runs)
     summaries = [summarize(run, radii) for run in runs]
-    for summary, run in zip(summaries, runs, strict=True):
-        if warn_about_labels and _near_chance(summary, run):
+    for summary in summaries:
+        if warn_about_labels and summary.near_chance:
             warn(f"clean accuracy of {summary.name} is {100 * (summary.clean or 0):.1f} %: check label order and preprocessing before trusting any radius")
-    if as_json:
-        print_json(report_json(summaries, radii))
-    elif not quiet:
-        print_table(summaries, radii, out())
     contradicted = all_contradictions(runs)
+    if as_json:
+        print_json({**report_json(summaries, radii), "contradictions": contradicted, "sandwiches": sandwich_json(runs)})
+    elif not quiet:
+        for group in of_one_norm(summaries):
+            here = [run for run, summary in zip(runs, summaries, strict=True) if summary.norm == group[0].norm]
+            print_table([summarize(run, _asked(eps, here)) for run in here], _asked(eps, here), out())
     for message in contradicted:
         warn(f"contradiction: {message}")
     if contradicted:
@@ -89,20 +92,26 @@ def show(folders: Sequence[pathlib.Path], eps: Radii | None, gates: Gates, as_js
 
 
 def _read(folders: Sequence[pathlib.Path]) -> list[Run]:
-    from certify.report import Run
-    from certify.results import read_manifest, read_rows
+    """The folders, each by a name of its own: that of the folder, or where two have the same, the path."""
+    import dataclasses
 
-    return [Run(name=folder.resolve().name, manifest=read_manifest(folder), rows=read_rows(folder)) for folder in folders]
+    from certify.errors import CertifyError
+    from certify.report.folder import read
+
+    runs = [read(folder) for folder in folders]
+    places = [folder.resolve() for folder in folders]
+    for folder, place in zip(folders, places, strict=True):
+        if places.count(place) > 1:
+            raise CertifyError(f"{folder}: the folder is named {places.count(place)} times; name each once")
+    names = [run.name for run in runs]
+    return [dataclasses.replace(run, name=run.name if names.count(run.name) == 1 else str(place)) for run, place in zip(runs, places, strict=True)]
 
 
-def _default() -> Radii:
-    return [(text, radius(text)) for text in DEFAULT_RADII]
+def _asked(eps: Radii | None, runs: Sequence[Run]) -> list[float]:
+    """The radii that were asked for, or those that are usual in the norms of the runs."""
+    from certify.report import summarize, usual_radii
 
-
-def _near_chance(summary: Summary, run: Run) -> bool:
-    """Clean accuracy below twice that of guessing, where labels and classes are known."""
-    labels = {row.get("label") for row in run.rows} - {None}
-    return summary.clean is not None and len(labels) > 1 and summary.clean < min(2 / len(labels), 0.6)
+    return [value for _, value in eps] if eps else usual_radii(summarize(run, ()).norm for run in runs)
 
 
 def _failed(summary: Summary, gates: Gates) -> list[str]:

@@ -269,12 +269,13 @@ def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[
     """The rows of some inputs, evaluated one at a time, so that a row does not depend on what stands beside it."""
     import torch
 
-    from certify.margins import logits
+    from certify.margins import gap, logits
 
     rows = []
     for index in group:
         start = time.perf_counter()
-        certificate = method.of_logits(logits(graph, torch.from_numpy(dataset.inputs[index : index + 1])))
+        z = logits(graph, torch.from_numpy(dataset.inputs[index : index + 1]))
+        certificate = method.of_logits(z)
         label, prediction = int(dataset.labels[index]), int(certificate.prediction[0])
         status = "abstained" if certificate.abstained[0] else "certified" if prediction == label else "misclassified"
         rows.append(
@@ -284,6 +285,7 @@ def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[
                 "label": label,
                 "prediction": prediction,
                 "runner_up": int(certificate.runner_up[0]),
+                "margin": gap(z[0]),
                 "method": "margin",
                 "norm": f"{certificate.norm:g}",
                 "radius": float(certificate.radius[0]),

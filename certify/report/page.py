@@ -1,14 +1,12 @@
-"""The runs as one HTML page: tables, curves as inline SVG, assumptions, provenance. No script, nothing loaded from elsewhere, the same bytes every time.
+"""The runs as one HTML page: plots as inline SVG with their numbers beside them, assumptions, provenance. No script, nothing loaded from elsewhere, the same
+bytes every time.
 
-The only file that imports matplotlib and jinja2; `certify.report.html` imports it when it is called.
+The only file that imports jinja2; `certify.report.html` imports it when it is called.
 """
 
 from __future__ import annotations
 
-import io
-import math
 import pathlib
-import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,83 +14,74 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
-import matplotlib.style
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from certify.report.sandwich import all_contradictions
+from certify.report import histograms
+from certify.report.plots import Plot, Shown, costs, curves, reach, sandwich, shown, time_text, waterfall
+from certify.report.sandwich import accused, all_contradictions, sandwiches
 from certify.report.summary import (
     MISSING,
+    USUAL,
     Run,
     Summary,
     bound_text,
     certified_radii,
-    curve,
     is_norm,
     lookup,
     measures_text,
     norm_text,
     notes,
+    of_one_norm,
     percent,
     plain,
     radius_label,
     radius_text,
     summarize,
+    usual_radii,
 )
+from certify.text import decimal
 
-# Contrast of at least 3 : 1 against the light and against the dark ground of the page (tested).
-COLOURS = ("#2f7fd0", "#d0671b", "#1f9470", "#b35fc8", "#cc4a68", "#1b94a8", "#8f7f14", "#7d76d8", "#64903a", "#a8714f")
-GREY = "#808080"
-GROUNDS = {"light": "#ffffff", "dark": "#14171c"}
-DASHES = {"proof": (), "probabilistic": (6.0, 2.5)}  # attacks, estimates and unknown guarantees are dotted
-DOTS = (1.2, 2.2)
-STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "certify",
-    "text.parse_math": False,
-    "font.size": 11,
-    "text.color": GREY,
-    "axes.edgecolor": GREY,
-    "axes.labelcolor": GREY,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.22,
-    "grid.linewidth": 0.7,
+# Each with a contrast of at least 3 : 1 against the ground, and apart for the three kinds of colour blindness (tested). The last is that of the text.
+COLOURS = {
+    "light": ("#0a53c4", "#d9601a", "#00957a", "#b65fc4", "#6b2a10", "#2f2a3d"),
+    "dark": ("#6b8cff", "#cf6a30", "#3fe0a0", "#a472c0", "#ecd540", "#dcecf6"),
 }
+GROUNDS = {"light": "#ffffff", "dark": "#14171c"}
+_LONG = 12  # facts of an origin that are longer are shortened in the header; the whole is under Provenance
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One row of the table of a network's parts, as text; `start` and `width` place its bar, in per cent of the scale."""
+class Group:
+    """The runs whose radii are in one norm: only these share tables and plots."""
 
-    name: str
-    kind: str
-    bound: str
-    how: str
-    start: float
-    width: float
+    norm: str
+    measures: str
+    radii: Sequence[float]
+    items: Sequence[Shown]
+    curves: Plot
+    sandwiches: Sequence[tuple[str, Plot]]
+    costs: Plot | None
 
 
 @dataclass(frozen=True)
 class Item:
     """One run as the template shows it."""
 
-    run: Run
-    summary: Summary
-    colour: str
-    dashes: str
+    shown: Shown
     outcomes: Sequence[tuple[str, str]]
-    layers: Sequence[Layer]
-    bars: bool  # whether some part is far enough from 1 for a bar to show
-    histogram: Markup | None
+    radii: Plot
+    margins: Plot | None
+    same_margins: str  # the letter of the run that has the same ones and shows them
     facts: Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class First:
+    """What the page begins with."""
+
+    summary: Summary
+    headline: str
+    shares: Sequence[tuple[float, float | None]]  # certified accuracies
 
 
 @dataclass(frozen=True)
@@ -105,39 +94,109 @@ class Statement:
 
 
 def html(runs: Sequence[Run], radii: Sequence[float], title: str) -> str:
-    """The page. Text of the runs is data: every character of it is escaped."""
+    """The page. Beside the radii that are asked for, tables have those that are usual. Text of the runs is data: every character of it is escaped."""
     summaries = [summarize(run, radii) for run in runs]
-    reach = max((radius for run in runs for radius in certified_radii(run) if math.isfinite(radius)), default=0.0) or 1.0
+    contradicted = all_contradictions(runs)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(percent=percent, radius=radius_text, bound=bound_text, label=radius_label, norm=norm_text, plain=plain)
-    place = next((place for place, radius in enumerate(radii) if radius > 0), None)
-    leader = _leader(summaries, place)
+    environment.filters.update(percent=percent, radius=radius_text, bound=bound_text, label=radius_label, norm=norm_text, plain=plain, drawn=Markup)
+    groups = _groups(runs, radii)
     return environment.get_template("report.html.j2").render(
         title=title,
         grounds=GROUNDS,
-        radii=radii,
-        summaries=summaries,
-        leader=leader,
-        headline=_headline(leader, radii, place) if leader else "",
-        statements=_statements(runs, summaries),
+        colours=COLOURS,
+        first=None if contradicted else _first(groups, radii),
+        subjects=_subjects(runs),
+        statements=_statements(runs, summaries, accused(runs)),
         inputs=_inputs(runs),
-        measures=measures_text(summary.norm for summary in summaries),
-        notes=[*notes(summaries), *(f"Contradiction: {message}" for message in all_contradictions(runs))],
-        labelled=all(summary.clean is not None for summary in summaries),
-        plot=_curves(runs, summaries, radii, reach),
-        samples=_samples(runs, reach),
-        items=[_item(place, run, summary, reach) for place, (run, summary) in enumerate(zip(runs, summaries, strict=True))],
+        contradictions=contradicted,
+        notes=notes(summaries),
+        groups=groups,
+        items=_items(groups),
+        waterfalls=_waterfalls([item for group in groups for item in group.items]),
         assumptions=_assumptions(runs),
     )
 
 
-def _leader(summaries: Sequence[Summary], place: int | None) -> Summary | None:
-    """The run the page begins with: of those computed here, with the strongest guarantee, the one with the largest accuracy at the radius of that place."""
-    known = [summary for summary in summaries if summary.proved and summary.log is None and summary.clean is not None]
-    strongest = [summary for summary in known if summary.guarantee == "proof"] or known
-    return max(strongest, key=lambda summary: (summary.clean if place is None else summary.certified[place], summary.clean), default=None)
+def _groups(runs: Sequence[Run], radii: Sequence[float]) -> list[Group]:
+    """The runs by norm, each with the radii that were asked for and those that are usual in it. Letters go through the whole page."""
+    made, place = [], 0
+    for group in of_one_norm([summarize(run, ()) for run in runs]):
+        norm = group[0].norm
+        known = sorted({*radii, *USUAL.get(norm, ())}) if radii else usual_radii([norm])
+        chosen = [run for run in runs if summarize(run, ()).norm == norm]
+        items = [shown(place + i, run, summarize(run, known)) for i, run in enumerate(chosen)]
+        place += len(items)
+        by_name = {item.summary.name: item for item in items}
+        between = [
+            (f"{_listed(proofs)} against {_listed(attacks)}", sandwich(found, by_name)) for proofs, attacks, found in sandwiches([item.run for item in items])
+        ]
+        made.append(Group(norm, measures_text([norm]), known, items, curves(items, known), between, costs(items)))
+    return made
+
+
+def _listed(runs: Sequence[Run]) -> str:
+    return ", ".join(run.name for run in runs)
+
+
+def _waterfalls(items: Sequence[Shown]) -> list[tuple[str, Plot]]:
+    """The layers of each network in each pair of norms, with all the bounds that the runs have for it."""
+    networks: dict[str, list[Shown]] = {}
+    for item in items:
+        bound = lookup(item.run.manifest, "bound")
+        if bound is not None:
+            same = lookup(bound, "network") or item.letter  # without a digest it may be any other
+            networks.setdefault(f"{same} {_arrow(lookup(bound, 'norm'))} {lookup(bound, 'domain')}", []).append(item)
+    plots = []
+    for group in networks.values():
+        lists = [parts for parts in (lookup(item.run.manifest, "bound", "parts") for item in group) if parts]
+        plot = waterfall(lists[0] if lists else [], [(item, item.summary.bound) for item in group if item.summary.bound])
+        plots += [(", ".join(item.summary.name for item in group), plot)] if plot else []
+    return plots
+
+
+def _subjects(runs: Sequence[Run]) -> list[list[tuple[str, str]]]:
+    """Which model, how its inputs are prepared, and in which units radii are; once for all runs that share the answer."""
+    return [list(facts) for facts in dict.fromkeys(tuple(_subject(run.manifest)) for run in runs) if facts]
+
+
+def _subject(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    model, digest, shape = lookup(manifest, "model", "spec"), lookup(manifest, "model", "sha256"), lookup(manifest, "model", "input_shape")
+    size, arch = " × ".join(map(str, shape or ())), lookup(manifest, "model", "arch")
+    about = [f"sha256 {digest[:_LONG]}" if digest else "", f"architecture {arch}" if arch else "", f"inputs {size}" if size else ""]
+    facts = [("Model", ", ".join(filter(None, (str(model), *about))))] if model or digest else []
+    return [*facts, ("Preprocessing", _preprocessing(manifest))] if facts else []
+
+
+def _preprocessing(manifest: Mapping[str, Any]) -> str:
+    """What is done to the inputs before the network; a part of the model, so that radii are in the units of the data."""
+    mean, std = lookup(manifest, "model", "mean"), lookup(manifest, "model", "std")
+    layers = [part for part in lookup(manifest, "bound", "parts") or () if part.get("type") == "Normalize"]
+    if mean is not None or std is not None:
+        return f"the mean {_numbers(mean)} is subtracted, and what is left divided by {_numbers(std)}, as the first layer of the network"
+    if layers:
+        return f"inside the network ({layers[0].get('how') or layers[0].get('name')})"
+    return "none outside of the network: whatever it does to its inputs is one of its layers"
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, int | float) else str(value) for value in values) if isinstance(values, list | tuple) else str(values)
+
+
+def _first(groups: Sequence[Group], radii: Sequence[float]) -> First | None:
+    """The run the page begins with: of those computed here, in the first norm that has any, with the strongest guarantee, the largest accuracy at a radius."""
+    for group in groups:
+        known = [item.summary for item in group.items if item.summary.proved and item.summary.log is None and item.summary.clean is not None]
+        strongest = [summary for summary in known if summary.guarantee == "proof"] or known
+        if strongest:
+            chosen = sorted(set(radii)) or list(group.radii)
+            at = [group.radii.index(radius) for radius in chosen]
+            place = next((place for place in at if group.radii[place] > 0), None)
+            leader = max(strongest, key=lambda summary: (summary.clean if place is None else summary.certified[place], summary.median_radius, summary.clean))
+            shares = [(radius, leader.certified[place]) for radius, place in zip(chosen, at, strict=True)]
+            return First(leader, _headline(leader, group.radii, place), shares)
+    return None
 
 
 def _headline(leader: Summary, radii: Sequence[float], place: int | None) -> str:
@@ -157,11 +216,12 @@ def _change(norm: str) -> str:
     return f"perturbation of {norm_text(norm)} norm" if is_norm(norm) else f'change of "{norm}"'
 
 
-def _statements(runs: Sequence[Run], summaries: Sequence[Summary]) -> list[Statement]:
+def _statements(runs: Sequence[Run], summaries: Sequence[Summary], wrong: set[str]) -> list[Statement]:
     """The sentence that each run's radii stand for; runs with the same sentence share it."""
     grouped: dict[tuple[str, str], list[str]] = {}
     for run, summary in zip(runs, summaries, strict=True):
-        grouped.setdefault((summary.guarantee, _statement(run, summary)), []).append(summary.name)
+        told = "contradicted by an attack (see above), so this does not hold as it stands: " * (summary.name in wrong)
+        grouped.setdefault((summary.guarantee, told + _statement(run, summary)), []).append(summary.name)
     return [Statement(names, guarantee, text) for (guarantee, text), names in grouped.items()]
 
 
@@ -177,10 +237,17 @@ def _statement(run: Run, summary: Summary) -> str:
         subject = "smoothed classifier" if smoothed else "network"
         claimed = "as a published log claims, " * (summary.log is not None)
         apart = " It says nothing about the network without the noise." * smoothed
-        return f"{claimed}for each input, with {chance}, {claim} {subject} does not change{proviso}.{apart}"
+        return f"{claimed}for each input, with {chance}, {claim} {subject} does not change{proviso}.{apart}{_expected(summary)}"
     if summary.guarantee == "attack":
         return f"an attack found a {change} that changes the prediction. The radius is an upper bound and certifies nothing."
     return f"the radius ({measures_text([summary.norm])}) is {'an estimate' if summary.guarantee == 'estimate' else 'of unknown origin'} and certifies nothing."
+
+
+def _expected(summary: Summary) -> str:
+    """How many of the certificates may be wrong, all together."""
+    if not summary.failure or not summary.count:
+        return ""
+    return f" Over all {summary.count} inputs, at most {bound_text(float(decimal(summary.failure) * summary.count), 2)} of them are expected to be wrong."
 
 
 def _inputs(runs: Sequence[Run]) -> list[str]:
@@ -199,38 +266,29 @@ def _input(manifest: Mapping[str, Any]) -> str:
     return f"{data or 'unnamed data'}{size}{ranged}. Units of the radii: {units or 'those of the input as it is handed to the network'}."
 
 
-def _samples(runs: Sequence[Run], reach: float) -> list[tuple[float, list[float]]]:
-    """The curves at about ten round radii from 0 to their end."""
-    curves = [curve(run) for run in runs]
-    step = _round_step(reach / 10)
-    grid = [place * step for place in range(math.ceil(reach / step) + 1)]
-    return [(float(f"{radius:.12g}"), [_value(*steps, float(f"{radius:.12g}")) for steps in curves]) for radius in grid]
-
-
-def _value(radii: Sequence[float], shares: Sequence[float], radius: float) -> float:
-    """The step curve at a radius."""
-    return [share for start, share in zip(radii, shares, strict=True) if start <= radius][-1]
-
-
-def _round_step(least: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is not below `least`."""
-    power = 10.0 ** math.floor(math.log10(least))
-    return min(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
-
-
-def _item(place: int, run: Run, summary: Summary, reach: float) -> Item:
-    layers = _layers(run.manifest)
-    return Item(
-        run=run,
-        summary=summary,
-        colour=_colour(place),
-        dashes=" ".join(f"{length:g}" for length in _dashes(summary)),
-        outcomes=_outcomes(run, summary),
-        layers=layers,
-        bars=any(layer.width > 0.5 for layer in layers),
-        histogram=_histogram(place, run, summary, reach),
-        facts=_provenance(run.manifest),
-    )
+def _items(groups: Sequence[Group]) -> list[Item]:
+    """Every run. Margins are of a network: of several runs that have the same ones the first shows them."""
+    items: list[Item] = []
+    drawn: dict[str, str] = {}
+    for group in groups:
+        for item in group.items:
+            own, shared = reach([item]), reach(group.items)
+            origin = [lookup(item.run.manifest, what, "sha256") for what in ("model", "data")]
+            key = repr(origin) + repr([(row.get("index"), row.get("margin"), row.get("label"), row.get("prediction")) for row in item.run.rows])
+            first = drawn.setdefault(key, item.letter)
+            found = histograms.margins(item)
+            same = first if found and first != item.letter else ""
+            items.append(
+                Item(
+                    item,
+                    _outcomes(item.run, item.summary),
+                    histograms.radii(item, shared if own > shared / 10 else own),
+                    None if same else found,
+                    same,
+                    _provenance(item.run.manifest),
+                )
+            )
+    return items
 
 
 def _outcomes(run: Run, summary: Summary) -> list[tuple[str, str]]:
@@ -245,7 +303,7 @@ def _outcomes(run: Run, summary: Summary) -> list[tuple[str, str]]:
         **{status.capitalize(): str(statuses.count(status)) for status in sorted(set(statuses))},
         "Largest radius": radius_text(max(certified_radii(run), default=None), summary.attacked),
         "Median radius": radius_text(summary.median_radius, summary.attacked),
-        "Median time per input": _time(statistics.median(seconds)) if seconds else MISSING,
+        "Median time per input": time_text(statistics.median(seconds)) if seconds else MISSING,
     }
     if bound:
         facts["Lipschitz bound"] = bound_text(summary.bound, digits=9)
@@ -253,31 +311,8 @@ def _outcomes(run: Run, summary: Summary) -> list[tuple[str, str]]:
     return list(facts.items())
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
 def _arrow(norms: Any) -> str:
-    return " to ".join(norm_text(f"{norm:g}" if isinstance(norm, float) else str(norm)) for norm in norms) if norms else MISSING
-
-
-def _layers(manifest: Mapping[str, Any]) -> list[Layer]:
-    """The parts of the bound. A bar goes from 1 in the middle to the part's value, on a log scale of at least one decade to either side."""
-    parts = lookup(manifest, "bound", "parts") or []
-    values = [part.get("value") for part in parts]
-    logs = [math.log10(value) if isinstance(value, int | float) and 0 < value < math.inf else 0.0 for value in values]
-    scale = max(1.0, *map(abs, logs)) if logs else 1.0
-    return [
-        Layer(
-            name=str(part.get("name", MISSING)),
-            kind=str(part.get("type", MISSING)),
-            bound=bound_text(value, digits=9),
-            how=str(part.get("how", MISSING)),
-            start=round(50 + min(0.0, 50 * log / scale), 2),
-            width=round(abs(50 * log / scale), 2),
-        )
-        for part, value, log in zip(parts, values, logs, strict=True)
-    ]
+    return " to ".join(norm_text(f"{norm:g}" if isinstance(norm, int | float) else str(norm)) for norm in norms) if norms else MISSING
 
 
 def _assumptions(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
@@ -312,82 +347,3 @@ def _provenance(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Created": lookup(manifest, "created"),
     }
     return [(name, str(fact)) for name, fact in facts.items() if fact is not None]
-
-
-def _curves(runs: Sequence[Run], summaries: Sequence[Summary], radii: Sequence[float], reach: float) -> Markup:
-    """One step curve per run; thin upright lines at the radii that were asked for."""
-    with matplotlib.style.context(["default", STYLE]):
-        figure, axes = _figure(7.0, 4.4)
-        for radius in radii:
-            if 0 < radius <= reach:
-                axes.axvline(radius, color=GREY, linewidth=1, dashes=(2, 3), alpha=0.7)
-        for place, (run, summary) in enumerate(zip(runs, summaries, strict=True)):
-            starts, shares = curve(run)
-            ends = [*starts, 1.02 * reach]  # the last value holds on to the edge: it is above 0 only for radii without end
-            axes.step(
-                ends, [100 * share for share in (*shares, shares[-1])], where="post", color=_colour(place), linewidth=2, dashes=_dashes(summary) or (None, None)
-            )
-        axes.set(
-            xlim=(0, 1.02 * reach),
-            ylim=(0, 101),
-            xlabel=f"radius ({_axis_norm(summaries)})",
-            ylabel="accuracy (%)" if any(summary.attacked for summary in summaries) else "certified accuracy (%)",
-        )
-        names = ", ".join(summary.name for summary in summaries)
-        return _svg(
-            figure, "curves", f"Certified accuracy in per cent against radius, one step curve for each of: {names}. The table beside it has the values."
-        )
-
-
-def _histogram(place: int, run: Run, summary: Summary, reach: float) -> Markup | None:
-    """How many inputs have a radius in each of thirty intervals of the range that all runs share. None if none has."""
-    radii = [radius for radius in certified_radii(run) if 0 < radius < math.inf]
-    if not radii:
-        return None
-    with matplotlib.style.context(["default", STYLE]):
-        figure, axes = _figure(7.0, 2.2)
-        axes.hist(radii, bins=30, range=(0, reach), color=_colour(place), rwidth=0.88)
-        axes.set(xlim=(0, 1.02 * reach), xlabel=f"radius ({_axis_norm([summary])})", ylabel="inputs")
-        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes.grid(visible=False, axis="x")
-        return _svg(
-            figure,
-            f"radii{place}",
-            f"Histogram of the {len(radii)} {'attacked' if summary.attacked else 'certified'} radii of {summary.name}, "
-            f"from {radius_text(radii[0])} to {radius_text(radii[-1], summary.attacked)}",
-        )
-
-
-def _axis_norm(summaries: Sequence[Summary]) -> str:
-    """The norm that all the runs share. Only names that matplotlib's font is known to have: it warns of missing glyphs."""
-    norms = {summary.norm for summary in summaries}
-    if len(norms) == 1 and (norms <= {"1", "2", "inf"} or not any(is_norm(norm) or not norm.isascii() or not norm.isprintable() for norm in norms)):
-        return measures_text(norms)
-    return "units of the input" if all(map(is_norm, norms)) else "of what each run measures"
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.tick_params(length=0, pad=6)
-    return figure, axes
-
-
-def _svg(figure: Figure, prefix: str, label: str) -> Markup:
-    """The figure as an element of the page: it scales, has no metadata that points elsewhere, and its ids are its own."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    drawing = buffer.getvalue()
-    drawing = drawing[drawing.index("<svg") :]
-    drawing = re.sub(r"<style.*?</style>", "", drawing, flags=re.DOTALL)  # it would hold for the whole page
-    drawing = re.sub(r' (xmlns(:xlink)?="[^"]*"|(width|height)="[\d.]+pt")', "", drawing)
-    drawing = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}-", drawing)
-    return Markup(drawing.replace("<svg ", f'<svg role="img" aria-label="{Markup.escape(plain(label))}" ', 1))
-
-
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
-
-
-def _dashes(summary: Summary) -> tuple[float, ...]:
-    return DASHES.get(summary.guarantee, DOTS)

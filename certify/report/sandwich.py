@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from certify.report.summary import Run, lookup, norm_text, number, summarize
 
 _TOLERANCE = 1e-6  # relative; the weights of a layer may differ by some 1e-7 when they are computed by another BLAS
 _LONG = ("point", "seconds")
+
+
+@dataclass(frozen=True)
+class Between:
+    """One input that is classified right: the largest radius that is proved of it, and the smallest distance at which an attack changes it."""
+
+    index: int
+    label: int | None
+    radius: float  # 0 where nothing is proved
+    by: str  # the run that proves it
+    distance: float  # infinite where no attack found a point
+    found_by: str
+    contradicted: bool
+
+    @property
+    def share(self) -> float:
+        """The part of the distance that is certified. What is left of it is for better proofs and better attacks to settle."""
+        return min(self.radius / self.distance, 1.0) if self.distance else 1.0
 
 
 def incomparable(certified: Run, attacked: Run) -> str | None:
@@ -48,6 +68,67 @@ def all_contradictions(runs: Sequence[Run]) -> list[str]:
     """Those of every two of the runs that can be compared."""
     attacks = [run for run in runs if summarize(run, ()).attacked]
     return [message for one in runs for other in attacks if incomparable(one, other) is None for message in contradictions(one, other)]
+
+
+def sandwiches(runs: Sequence[Run]) -> list[tuple[list[Run], list[Run], list[Between]]]:
+    """The certificates and the attacks that are of the same network, data and norm, and each input between the best of both."""
+    pairs = [(proof, attack) for attack in runs if summarize(attack, ()).attacked for proof in runs if incomparable(proof, attack) is None]
+    groups: list[tuple[list[Run], list[Run]]] = []
+    for proof, attack in pairs:
+        known = next((group for group in groups if incomparable(group[0][0], attack) is None), None)
+        proofs, attacks = known or ([], [])
+        proofs += [proof] if all(proof is not run for run in proofs) else []
+        attacks += [attack] if all(attack is not run for run in attacks) else []
+        if known is None:
+            groups.append((proofs, attacks))
+    return [(proofs, attacks, found) for proofs, attacks in groups if (found := _between(proofs, attacks))]
+
+
+def sandwich_json(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Those for machines: numbers as computed; a distance that no attack found is null."""
+    return [
+        {
+            "certified": [run.name for run in proofs],
+            "attacked": [run.name for run in attacks],
+            "inputs": [{**asdict(entry), "distance": entry.distance if math.isfinite(entry.distance) else None} for entry in found],
+        }
+        for proofs, attacks, found in sandwiches(runs)
+    ]
+
+
+def _between(proofs: Sequence[Run], attacks: Sequence[Run]) -> list[Between]:
+    """By distance, then by radius. An input that an attack did not try, or that is classified wrong, is not there."""
+    ours: dict[int, list[tuple[float, str, Mapping[str, Any]]]] = {}
+    for proof in proofs:
+        for row in proof.rows:
+            ours.setdefault(row["index"], []).append((_radius(row), proof.name, row))
+    theirs: dict[int, list[tuple[float, str, Mapping[str, Any]]]] = {}
+    for attack in attacks:
+        for row in attack.rows:
+            if row.get("status") in ("attacked", "survived"):
+                theirs.setdefault(row["index"], []).append((_distance(row), attack.name, row))
+    found = []
+    for index in ours.keys() & theirs.keys():
+        radius, by, row = max(ours[index], key=lambda entry: entry[0])
+        distance, found_by, _ = min(theirs[index], key=lambda entry: entry[0])
+        wrong = any(_why(mine, other) for _, _, mine in ours[index] for _, _, other in theirs[index])
+        found.append(Between(index, row.get("label"), radius, by, distance, found_by, wrong))
+    return sorted(found, key=lambda entry: (entry.distance, entry.radius, entry.index))
+
+
+def _radius(row: Mapping[str, Any]) -> float:
+    return (number(row.get("radius")) or 0.0) if row.get("status") == "certified" else 0.0
+
+
+def _distance(row: Mapping[str, Any]) -> float:
+    distance = number(row.get("radius"))
+    return math.inf if row.get("status") == "survived" or distance is None else distance
+
+
+def accused(runs: Sequence[Run]) -> set[str]:
+    """The names of the runs that are contradicted."""
+    attacks = [run for run in runs if summarize(run, ()).attacked]
+    return {one.name for one in runs for other in attacks if incomparable(one, other) is None and contradictions(one, other)}
 
 
 def _why(row: Mapping[str, Any], attack: Mapping[str, Any]) -> str | None:

@@ -16,6 +16,7 @@ from certify.text import decimal, down_text, up_text
 SCHEMA = 1
 GUARANTEES = ("proof", "probabilistic", "attack", "estimate")  # from the strongest to the weakest
 MISSING = "-"
+USUAL = {"2": (36 / 255, 72 / 255, 108 / 255, 1.0), "inf": (1 / 255, 2 / 255, 8 / 255)}  # the radii at which published tables give accuracies
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Summary:
     errors: int
     abstained: int
     log: str | None = None  # the published log that the radii are from, and what is known against it; None for radii that were computed
+    near_chance: bool = False  # whether the clean accuracy is below twice that of guessing, as far as labels are known
 
     @property
     def proved(self) -> bool:
@@ -63,6 +65,7 @@ def summarize(run: Run, radii: Sequence[float]) -> Summary:
     labelled = _labelled(run)
     certified = certified_radii(run)
     statuses = [row.get("status") for row in run.rows]
+    clean = sum(map(_right, run.rows)) / len(run.rows) if labelled else None
     return Summary(
         name=run.name,
         method=str(lookup(run.manifest, "method") or MISSING),
@@ -72,14 +75,28 @@ def summarize(run: Run, radii: Sequence[float]) -> Summary:
         data=str(lookup(run.manifest, "data", "sha256") or lookup(run.manifest, "data", "spec") or MISSING),
         count=len(run.rows),
         expected=_expected(run),
-        clean=sum(map(_right, run.rows)) / len(run.rows) if labelled else None,
+        clean=clean,
         certified=tuple(_share_beyond(certified, radius) if labelled else None for radius in radii),
         median_radius=_median(certified, up=_guarantee(run) == "attack"),
         bound=number(lookup(run.manifest, "bound", "value")),
         errors=statuses.count("error"),
         abstained=statuses.count("abstained"),
         log=_log(run),
+        near_chance=clean is not None and _near_chance(clean, run),
     )
+
+
+def usual_radii(norms: Iterable[str]) -> list[float]:
+    """The radii of tables in these norms, in ascending order; where nothing is usual, those of l2."""
+    return sorted({radius for norm in norms for radius in USUAL.get(norm, USUAL["2"])})
+
+
+def of_one_norm(summaries: Sequence[Summary]) -> list[list[Summary]]:
+    """The summaries by norm, in the order of their first: radii in two norms stand in no table and no drawing together."""
+    groups: dict[str, list[Summary]] = {}
+    for summary in summaries:
+        groups.setdefault(summary.norm, []).append(summary)
+    return list(groups.values())
 
 
 def curve(run: Run) -> tuple[list[float], list[float]]:
@@ -94,7 +111,18 @@ def certified_radii(run: Run) -> list[float]:
 
     Of an attack, the distance that it found; infinite where it found no point. Such a run is never shown as one that certifies.
     """
-    return sorted(_certified_radius(row) for row in run.rows)
+    return sorted(certified_radius(row) for row in run.rows)
+
+
+def certified_radius(row: Mapping[str, Any]) -> float:
+    """The radius of a row where it counts, otherwise 0; of an attack the distance, infinite where it found no point."""
+    radius = number(row.get("radius"))
+    if row.get("guarantee") == "attack" and row.get("status") in ("attacked", "survived") and _right(row):
+        return math.inf if row["status"] == "survived" or radius is None else radius
+    if row.get("status") != "certified" or radius is None or not radius > 0:
+        return 0.0
+    wrong = row.get("label") is not None and "prediction" in row and not _right(row)
+    return 0.0 if wrong else radius
 
 
 def notes(summaries: Sequence[Summary]) -> list[str]:
@@ -124,14 +152,15 @@ def percent(share: float | None, up: bool = False) -> str:
 
 
 def radius_text(radius: float | None, up: bool = False) -> str:
-    """A radius rounded down, or with `up` rounded up: to 4 decimals, or to 3 digits if it is below 0.01."""
+    """A radius rounded down, or with `up` rounded up: to 4 decimals; to 3 digits if it is below 0.01, to 6 from 1e9 on."""
     if radius is None:
         return MISSING
     if not math.isfinite(radius) or radius == 0:
         return f"{radius:g}"
-    if radius >= 0.01:
+    if 0.01 <= radius < 1e9:
         return str(decimal(radius).quantize(Decimal("0.0001"), ROUND_CEILING if up else ROUND_FLOOR))
-    return up_text(radius, 3) if up else down_text(radius, 3)
+    digits = 3 if radius < 0.01 else 6
+    return up_text(radius, digits) if up else down_text(radius, digits)
 
 
 def bound_text(bound: float | None, digits: int = 5) -> str:
@@ -185,16 +214,6 @@ def _as_json(summary: Summary) -> dict[str, Any]:
     return run
 
 
-def _certified_radius(row: Mapping[str, Any]) -> float:
-    radius = number(row.get("radius"))
-    if row.get("guarantee") == "attack" and row.get("status") in ("attacked", "survived") and _right(row):
-        return math.inf if row["status"] == "survived" or radius is None else radius
-    if row.get("status") != "certified" or radius is None or not radius > 0:
-        return 0.0
-    wrong = row.get("label") is not None and "prediction" in row and not _right(row)
-    return 0.0 if wrong else radius
-
-
 def _right(row: Mapping[str, Any]) -> bool:
     """Whether the classifier answered, and with the label."""
     return row.get("label") is not None and row.get("prediction") == row["label"] and row.get("status") not in ("abstained", "error")
@@ -204,6 +223,12 @@ def _labelled(run: Run) -> bool:
     """Whether every row has a label; a row that ended in an error may lack it."""
     rows = [row for row in run.rows if row.get("status") != "error"] or run.rows
     return bool(rows) and all(row.get("label") is not None for row in rows)
+
+
+def _near_chance(clean: float, run: Run) -> bool:
+    """Below twice the accuracy of guessing, or for two classes below 60 %."""
+    labels = {row.get("label") for row in run.rows} - {None}
+    return len(labels) > 1 and clean < min(2 / len(labels), 0.6)
 
 
 def _share_beyond(ordered: Sequence[float], radius: float) -> float:
@@ -238,6 +263,9 @@ def _notes_of(summary: Summary) -> list[str]:
     told = {
         f"{name}: not finished, {count} of {expected} inputs are done; the shares are of those {count}.": count < expected,
         f"{name}: {count} rows for {expected} inputs; run `certify check` before trusting any number.": count > expected,
+        f"{name}: clean accuracy {percent(summary.clean)} is near that of guessing; check label order and preprocessing before trusting any radius.": (
+            summary.near_chance
+        ),
         f"{name}: {summary.errors} of {count} inputs ended in an error; they count as not right and not certified.": summary.errors,
         f"{name}: abstained on {summary.abstained} of {count} inputs; they count as not right and not certified.": summary.abstained,
         f"{name}: the inputs have no labels, so there are no accuracies; the radius is that of the prediction, right or wrong.": summary.clean is None,
