@@ -139,8 +139,8 @@ class _Raising:
         made = [self.values.get(part) for part in node.all_input_nodes]
         if len(outputs) != 1 or len(made) != 1 or not isinstance(made[0], torch.fx.Node):
             self.problems.append(Problem("output", name, "its forward must return one tensor, which depends on its input"))
-        else:
-            self.graph.output(made[0])
+            made = [part for part in self.values.values() if isinstance(part, torch.fx.Node)]
+        self.graph.output(made[0])
 
     def node(self, node: torch.fx.Node) -> None:
         """One operator."""
@@ -152,7 +152,7 @@ class _Raising:
             path = _path(node)
             where = f"{path} ({node.name})" if path else node.name
             self.problems += [Problem(where, problem.what, problem.why) for problem in error.problems]
-            self.values[node] = self.graph.call_function(_unknown, tuple(signals))
+            self.values[node] = self.graph.call_function(unknown, tuple(signals))
 
     def _constant(self, node: torch.fx.Node, arguments: Sequence[Any], options: dict[str, Any]) -> Any:
         """What is computed from stored numbers alone, as the forward computes it."""
@@ -198,7 +198,7 @@ class _Raising:
         source, index = signals[0], arguments[1]
         if source.target is _split:
             return self.graph.call_function(piece, (source.args[0], source.args[1], index, *source.args[2:]), dict(source.kwargs))
-        if (source.op == "call_module" and index == 0) or source.target is _unknown:
+        if (source.op == "call_module" and index == 0) or source.target is unknown:
             return source
         raise Unsupported([Problem("", "getitem", f"takes tensor {index} of what {source.name} makes, of which no bound is known")])
 
@@ -235,7 +235,8 @@ def _split(x: Tensor, name: str, *arguments: Any, **options: Any) -> Any:
     raise AssertionError("a split stands for its parts; please report this")
 
 
-def _unknown(*signals: Tensor) -> Any:
+def unknown(*signals: Tensor) -> Any:
+    """Stands for an operator that has been named as a problem."""
     raise AssertionError("a graph with problems is not run; please report this")
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_arg
 
 from certify.errors import Problem, Unsupported
-from certify.exported import raised
+from certify.exported import raised, unknown
 from certify.functions import SPLITTING, module_for, piece
 from certify.registry import Shape, nearest, operator_for, problems_of, reason_for, rule_for
 from certify.slopes import slopes
@@ -89,7 +89,7 @@ def _node_problems(net: nn.Module, trace: torch.fx.Graph, own: set[str]) -> list
     if len(placeholders) != 1:
         found.append(Problem("", type(net).__name__, f"its forward takes {len(placeholders)} inputs; networks of one input can be bounded"))
     for node in trace.nodes:
-        if node.op in ("call_function", "call_method") and operator_for(node.target) is None and node not in sizes:
+        if node.op in ("call_function", "call_method") and operator_for(node.target) is None and node not in sizes and node.target is not unknown:
             found.append(Problem(node.name, name_of(node.target), reason_for(node.target)))
         if node.op == "call_module":
             where, module = str(node.target), net.get_submodule(str(node.target))

@@ -55,7 +55,7 @@ AFFINE = {
     "unbind": lambda self, x: x.unbind(2)[0],
     "cat": lambda self, x: torch.cat([x, 2 * x, -x], 1),
     "cat of a constant": lambda self, x: torch.cat([x.flatten(1), x.flatten(1)[:, :3]], dim=-1),
-    "stack": lambda self, x: torch.cat([x[:, None], x[:, None]], dim=1),
+    "stack": lambda self, x: torch.stack([x, x, 0.5 * x], dim=-1),
     "mean": lambda self, x: x.mean((2, 3)),
     "means of all": lambda self, x: torch.mean(x, dim=(1, 2, 3), keepdim=True),
     "sum": lambda self, x: x.sum(-1, keepdim=True),
@@ -147,6 +147,7 @@ def test_functions_that_are_modules(name):
     [
         (lambda self, x: torch.cat([x, x]), "mixes the inputs|puts inputs"),
         (lambda self, x: torch.cat([x, x], dim=-4)[:3], "mixes the inputs|puts inputs"),
+        (lambda self, x: torch.stack([x, x]), "mixes the inputs|puts inputs"),
         (lambda self, x: x.mean(0, keepdim=True).expand(x.size(0), -1, -1, -1), "mixes the inputs"),
         (lambda self, x: x - x.mean(), "mixes the inputs"),
         (lambda self, x: x.sum((0, 1, 2, 3)), "mixes the inputs"),

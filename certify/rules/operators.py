@@ -127,7 +127,7 @@ def _size(call: Call) -> Bound:
     raise _refuse(call.name, f"{call.args[1]!r} of a signal is not supported" if len(call.args) > 1 else "is not supported")
 
 
-@register_operator(torch.cat, torch.concat, torch.concatenate)
+@register_operator(torch.cat, torch.concat, torch.concatenate, torch.stack)
 def _concatenate(call: Call) -> Bound:
     """`sqrt(L_1^2 + L_2^2 + ...)`; stored tensors add nothing."""
     dim = call.args[1] if len(call.args) > 1 else call.options.get("dim", call.options.get("axis", 0))
@@ -187,6 +187,7 @@ register_reason(
     "torch switches softplus to the identity above its threshold, which makes a jump of 2e-9, so no Lipschitz constant exists; use relu or tanh",
     torch.nn.functional.softplus, "softplus",
 )  # fmt: skip
+register_reason("drops entries at random, as in training mode; pass training=self.training", "native_dropout", "bernoulli")
 register_reason(
     "divides by a norm, which has no useful constant near zero", torch.nn.functional.normalize, torch.nn.functional.cosine_similarity, "linalg_vector_norm"
 )
