@@ -77,7 +77,7 @@ def _value(graph: Graph, node: torch.fx.Node, values: dict[torch.fx.Node, Any], 
         layer = layers[node]
         if isinstance(layer, Unsupported):
             raise layer
-        if node is graph.output:
+        if node is graph.output and len(graph.shapes[node.name]) == 1:
             layer = dataclasses.replace(layer, pairs=_pairs(graph.module(node)))
         return layer @ values[node.all_input_nodes[0]]
     if node.op in ("call_function", "call_method"):

@@ -137,7 +137,7 @@ def _lifted(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[
             lift.node(node)
     for node in [node for node in trace.nodes if node.op == "get_attr" and not node.users]:
         trace.erase_node(node)
-    return lift.parent, lift.problems
+    return (net if lift.parent is net else _holder(lift.parent, trace)), lift.problems
 
 
 class _Lift:
@@ -180,7 +180,7 @@ class _Lift:
             module = nn.Identity()
         if module is not None:
             path = self._add(node.name, module)
-            self._replace(node, self._before(node).call_module(path, (node.args[0],)))
+            self._replace(node, self._before(node).create_node("call_module", path, (node.args[0],)))
 
     def _before(self, node: torch.fx.Node) -> torch.fx.Graph:
         self.trace.inserting_before(node)
@@ -209,7 +209,7 @@ class _Lift:
             self.problems.append(Problem(node.name, name_of(node.target), f"cannot be computed ({(str(error).splitlines() or [''])[0]})"))
             return
         if isinstance(value, Tensor):
-            self._replace(node, self._before(node).get_attr(self._add(f"{node.name}_constant", value.detach().clone())))
+            self._replace(node, self._before(node).create_node("get_attr", self._add(f"{node.name}_constant", value.detach().clone())))
             return
         self.constants[node] = value
         for user in list(node.users):
@@ -278,9 +278,5 @@ def _splits(node: torch.fx.Node) -> bool:
 
 
 def _holder(net: nn.Module, trace: torch.fx.Graph) -> torch.fx.GraphModule:
-    """The modules and numbers that a graph uses, under their own names, in one module to which others can be added."""
-    holder = torch.fx.GraphModule(net, trace)
-    for module in holder.modules():
-        if type(module) is nn.Module:  # made to hold others
-            module.training = False
-    return holder.eval() if not any(module.training for module in net.modules()) else holder
+    """The modules and numbers that a graph uses, under their own names, in one module to which others can be added. All are in eval mode."""
+    return torch.fx.GraphModule(net, trace).eval()

@@ -56,6 +56,7 @@ AFFINE = {
     "cat": lambda self, x: torch.cat([x, 2 * x, -x], 1),
     "cat of a constant": lambda self, x: torch.cat([x.flatten(1), x.flatten(1)[:, :3]], dim=-1),
     "stack": lambda self, x: torch.stack([x, x, 0.5 * x], dim=-1),
+    "twice": lambda self, x: torch.cat([x[..., 0], x[..., 0]], 1),
     "mean": lambda self, x: x.mean((2, 3)),
     "means of all": lambda self, x: torch.mean(x, dim=(1, 2, 3), keepdim=True),
     "sum": lambda self, x: x.sum(-1, keepdim=True),
@@ -140,6 +141,29 @@ def test_functions_that_are_modules(name):
     assert value <= bound * (1 + 1e-12)
     assert bound <= value * (1 + 1e-6)
     assert largest_slope(net, SHAPE) <= bound * (1 + 1e-7)  # torch's slope of hardsigmoid is 1 / 6 in float32
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["narrow", "split", "unbind", "mean", "sum", "sum of one", "constant places", "ellipsis", "average pool", "stored divisors", "chunk", "twice"],
+)
+def test_lipsdp_sees_affine_functions_exactly(name):
+    net = Forward(AFFINE[name]).eval()
+    exact = torch.linalg.matrix_norm(matrix_of(net), 2).item()
+    bound = certify.lipschitz(net, certify.LipSDP(), input_shape=SHAPE).value
+    assert exact <= bound * (1 + 1e-12)
+    assert bound <= exact * (1 + 1e-6)
+
+
+def test_lipsdp_sees_functions_between_nonlinearities():
+    def forward(self, x):
+        a, b = functional.prelu(x[:, :, :2], self.slopes).chunk(2, dim=1)
+        h = torch.cat([a, functional.hardtanh(b) / self.column[:2]], dim=1).flatten(2)
+        return h.mean(2) + torch.relu(h[..., 0]) + h.sum(1, keepdim=True)[..., 1]
+
+    net = Forward(forward).eval()
+    layers, together = (certify.lipschitz(net, method, input_shape=SHAPE).value for method in (certify.Layerwise(), certify.LipSDP()))
+    assert largest_slope(net, SHAPE, points=24) <= together <= 0.9 * layers
 
 
 @pytest.mark.parametrize(
