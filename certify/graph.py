@@ -38,19 +38,20 @@ class Graph:
     shapes: dict[str, Shape]  # of each signal, without the batch
     input_shape: Shape
     constants: tuple[dict[str, Any], ...]  # the values of the nodes that are no signals (sizes, stored tensors), for each of the two trial batches
+    seen_by: str = "torch.fx"  # or "torch.export"
 
     @classmethod
     def of(cls, net: nn.Module, input_shape: Shape) -> Graph:
         """Trace a network in eval mode. Raises `Unsupported` that names every node without a rule, and everything else that stands in the way."""
         net = net if _on_cpu(net) else copy.deepcopy(net).cpu()
-        parent, trace, found = traced(net, tuple(input_shape))
+        parent, trace, found, seen_by = traced(net, tuple(input_shape))
         try:
             shapes, constants = _trials(parent, trace, input_shape)
         except ValueError:
             if found:  # a shape that does not fit may be their doing
                 raise Unsupported(found) from None
             raise
-        graph = cls(parent, trace, shapes, tuple(input_shape), constants)
+        graph = cls(parent, trace, shapes, tuple(input_shape), constants, seen_by)
         if found:
             raise Unsupported([*found, *graph._refusals(skip={problem.where for problem in found})])
         _check_trace(net, graph)

@@ -51,18 +51,21 @@ def leaves(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = f"{path}."
 
 
-def traced(net: nn.Module, input_shape: Shape) -> tuple[nn.Module, torch.fx.Graph, list[Problem]]:
-    """A module in eval mode, a graph of its modules that computes what the network does, and every problem of a module or a node in it. Raises Unsupported."""
+def traced(net: nn.Module, input_shape: Shape) -> tuple[nn.Module, torch.fx.Graph, list[Problem], str]:
+    """A module in eval mode, a graph of its modules that computes what the network does, every problem of a module or a node in it, and who saw through it.
+
+    Raises Unsupported.
+    """
     parent = nn.Sequential(net).train(net.training) if Tracer().is_leaf_module(net, "") else net
     try:
         trace = Tracer().trace(parent)
     except Exception as error:  # whatever the forward raises on symbolic input
-        return _exported(parent, input_shape, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        return *_exported(parent, input_shape, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"), "torch.export"
     found, own = _module_problems(parent, trace), {path for path, _ in parent.named_modules()}
     if parent.training or any(module.training for module in parent.modules()):  # found, and a run in training mode would change the network
         parent = copy.deepcopy(parent).eval()
     parent, problems = _lifted(parent, trace, input_shape)
-    return parent, trace, [*found, *problems, *_node_problems(parent, trace, own)]
+    return parent, trace, [*found, *problems, *_node_problems(parent, trace, own)], "torch.fx"
 
 
 def _exported(net: nn.Module, input_shape: Shape, why: str) -> tuple[nn.Module, torch.fx.Graph, list[Problem]]:
