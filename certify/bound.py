@@ -6,13 +6,13 @@ import abc
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from certify.rounding import add_up, multiply_up
+from certify.rounding import add_up, multiply_up, root_of_squares
 from certify.text import up_text
 
 Array = NDArray[np.float64]
@@ -95,7 +95,7 @@ class Box(Domain):
 class Bound:
     """`|f(x) - f(y)|_q <= value |x - y|_p` for all x, y in `domain`, proved.
 
-    Bounds are made by rules and methods from stored numbers, and from other bounds by `outer @ inner` and `a + b` only.
+    Bounds are made by rules and methods from stored numbers, and from other bounds by `outer @ inner`, `a + b` and `beside([a, b])` only.
     `pairs`, where the last layer is known, are tighter constants for differences of two outputs: `|(f_i - f_j)(x) - (f_i - f_j)(y)| <= pairs[i, j] |x - y|_p`.
     """
 
@@ -117,13 +117,13 @@ class Bound:
             raise ValueError("the pair constants of a Bound are not negative, got NaN or negative ones")
 
     def __matmul__(self, inner: Bound) -> Bound:
-        """The bound of f o g from those of f and g."""
+        """The bound of f o g from those of f and g. Raises OverflowError for a product that is no float64."""
         if inner.norm[1] != self.norm[0]:
             raise ValueError(f"cannot compose: the inner bound ends in l{inner.norm[1]:g}, the outer begins in l{self.norm[0]:g}")
         if not self.domain.covers(inner.image or Everywhere()):
             raise ValueError("cannot compose: the outer bound holds on a domain that is not known to contain the outputs of the inner function")
         return Bound(
-            value=multiply_up(self.value, inner.value),
+            value=_finite(multiply_up(self.value, inner.value)),
             method="composition",
             norm=(inner.norm[0], self.norm[1]),
             domain=inner.domain,
@@ -140,7 +140,7 @@ class Bound:
         if not (self.domain.covers(other.domain) or other.domain.covers(self.domain)):
             raise ValueError("cannot add bounds that hold on different domains")
         return Bound(
-            value=add_up(self.value, other.value),
+            value=_finite(add_up(self.value, other.value)),
             method="sum",
             norm=self.norm,
             domain=other.domain if self.domain.covers(other.domain) else self.domain,
@@ -149,8 +149,19 @@ class Bound:
         )
 
     def table(self) -> list[tuple[int, Bound]]:
-        """Its parts and theirs, each with its depth, in the order of the computation."""
-        return [row for part in self.parts for row in ((0, part), *((depth + 1, inner) for depth, inner in part.table()))]
+        """Its parts and theirs, each with its depth, in the order of the computation. The parts of a part that two branches share are there once."""
+        rows: list[tuple[int, Bound]] = []
+        seen: set[int] = set()
+
+        def visit(bound: Bound, depth: int) -> None:
+            for part in bound.parts:
+                rows.append((depth, part))
+                if id(part) not in seen:
+                    seen.add(id(part))
+                    visit(part, depth + 1)
+
+        visit(self, 0)
+        return rows
 
     def __str__(self) -> str:
         p, q = self.norm
@@ -170,6 +181,20 @@ class Estimate:
     value: float
     method: str
     norm: tuple[float, float] = (2, 2)
+
+
+def beside(bounds: Sequence[Bound]) -> Bound:
+    """The bound of `x -> (f(x), g(x), ...)`, one after the other in one vector: `sqrt(L_f^2 + L_g^2 + ...)`, all from l2 to l2."""
+    if any(bound.norm != (2, 2) or not isinstance(bound.domain, Everywhere) for bound in bounds):
+        raise ValueError("only bounds from l2 to l2 that hold everywhere can be put beside each other")
+    value = _finite(root_of_squares([bound.value for bound in bounds]))
+    return Bound(value, "beside", assumptions=frozenset().union(*(bound.assumptions for bound in bounds)), parts=tuple(bounds))
+
+
+def _finite(value: float) -> float:
+    if math.isinf(value):
+        raise OverflowError("the constant is beyond 1.8e308, the largest float64")
+    return value
 
 
 def _steps(bound: Bound) -> tuple[Bound, ...]:

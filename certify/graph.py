@@ -1,4 +1,4 @@
-"""One structural view of a network: a torch.fx trace whose leaves are registered modules, with the shape at every node."""
+"""One structural view of a network: a torch.fx graph of registered modules and a few functions, with the shape at every node."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx
 from torch import nn
+from torch.fx.node import map_arg
 
 import lipnet
 from certify import rules as rules  # fills the registry
 from certify.bound import Bound
 from certify.errors import CertifyError, Problem, Unsupported
-from certify.registry import Shape, operator_for, problems_of, rule_for
-from certify.slopes import slopes
+from certify.registry import Call, Index, Shape, rule_for
+from certify.tracing import inputs_of, leaves, name_of, run_call, traced
 from lipnet.checkpoint import hash_tensors
-from lipnet.layers.base import Layer
+
+__all__ = ["Graph", "leaves"]
 
 _BATCHES = (3, 5)  # of the trial runs: two, so that no number that is written into a forward fits both by chance
 
@@ -31,25 +35,23 @@ class Graph:
 
     net: nn.Module
     trace: torch.fx.Graph
-    shapes: dict[str, Shape]  # of the output of each tensor node, without the batch
+    shapes: dict[str, Shape]  # of each signal, without the batch
     input_shape: Shape
+    constants: tuple[dict[str, Any], ...]  # the values of the nodes that are no signals (sizes, stored tensors), for each of the two trial batches
+    seen_by: str = "torch.fx"  # or "torch.export"
 
     @classmethod
     def of(cls, net: nn.Module, input_shape: Shape) -> Graph:
         """Trace a network in eval mode. Raises `Unsupported` that names every node without a rule, and everything else that stands in the way."""
         net = net if _on_cpu(net) else copy.deepcopy(net).cpu()
-        trace, found = _trace(net)
-        if trace is None:
-            raise Unsupported(found)
-        parent = _as_parent(net)
-        if any(module.training for module in net.modules()):  # found, and a run in training mode would change the network
-            parent = copy.deepcopy(parent).eval()
+        parent, trace, found, seen_by = traced(net, tuple(input_shape))
         try:
-            graph = cls(parent, trace, _shapes(parent, trace, input_shape), tuple(input_shape))
+            shapes, constants = _trials(parent, trace, input_shape)
         except ValueError:
             if found:  # a shape that does not fit may be their doing
                 raise Unsupported(found) from None
             raise
+        graph = cls(parent, trace, shapes, tuple(input_shape), constants, seen_by)
         if found:
             raise Unsupported([*found, *graph._refusals(skip={problem.where for problem in found})])
         _check_trace(net, graph)
@@ -117,61 +119,50 @@ class Graph:
         """The module that a `call_module` node calls."""
         return self.net.get_submodule(str(node.target))
 
+    def constant(self, node: torch.fx.Node) -> Any:
+        """The value of a node that is no signal; None where it depends on the batch."""
+        first, second = (values.get(node.name) for values in self.constants)
+        if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+            return first if first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num()) else None
+        return first if type(first) is type(second) and first == second else None
 
-def leaves(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that are bounded as a whole, by path."""
-    tracer, inside = _Tracer(), "\0"
-    for path, module in net.named_modules():
-        if not path.startswith(inside) and (tracer.is_leaf_module(module, path) or not list(module.children())):
-            yield path, module
-            inside = f"{path}."
+    def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Call:
+        """A call of a function or method, with these values of its signals."""
 
+        def value(part: torch.fx.Node) -> Any:
+            return values[part] if part.name in self.shapes else self.constant(part)
 
-class _Tracer(torch.fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, Layer) or rule_for(module) is not None or super().is_leaf_module(module, qualified_name)
+        signals = [part for part in inputs_of((node.args, node.kwargs)) if part.name in self.shapes]
+        arguments, options = map_arg((node.args, dict(node.kwargs)), value)
+        shapes = tuple(self.shapes[part.name] for part in signals)
+        return Call(name_of(node.target), tuple(arguments), options, shapes, self.shapes.get(node.name, ()), lambda: self.picked(node))
 
+    def picked(self, node: torch.fx.Node) -> Index:
+        """Of a function that rearranges, repeats or leaves out the entries of one signal: which entry of one input each entry of one output is.
 
-def _trace(net: nn.Module) -> tuple[torch.fx.Graph | None, list[Problem]]:
-    """The trace, where there is one, and every problem of a module or a node in it."""
-    net = _as_parent(net)
-    found: list[Problem] = []
-    try:
-        trace = _Tracer().trace(net)
-    except Exception as error:  # whatever the forward raises on symbolic input
-        whole = dict(leaves(net))
-        inside = [p for path, module in net.named_modules() for p in problems_of(module, path, leaf=path in whole)]
-        line = (str(error).splitlines() or [""])[0]
-        return None, [*inside, Problem("", type(net).__name__, f"its forward cannot be traced ({type(error).__name__}: {line})")]
-    called = {node.target for node in trace.nodes if node.op == "call_module"}
-    inside_leaf = tuple(f"{path}." for path in called)
-    for path, module in net.named_modules():
-        found += problems_of(module, path, leaf=path in called and not path.startswith(inside_leaf))
-    placeholders = [node for node in trace.nodes if node.op == "placeholder"]
-    if len(placeholders) != 1:
-        found.append(Problem("", type(net).__name__, f"its forward takes {len(placeholders)} inputs; networks of one input can be bounded"))
-    for node in trace.nodes:
-        if node.op in ("call_function", "call_method") and operator_for(node.target) is None:
-            name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-            found.append(Problem(node.name, str(name), "no rule is known for this operation in a forward"))
-        if node.op == "call_module" and (len(node.args) != 1 or node.kwargs):
-            found.append(Problem(str(node.target), type(net.get_submodule(str(node.target))).__name__, "is called with more than one argument, or by keyword"))
-        if node.op == "call_module" and _grows_in_place(net.get_submodule(str(node.target))):
-            where = str(node.target)
-            found.append(Problem(where, type(net.get_submodule(where)).__name__, "works in place with slopes beyond 1; pass inplace=False"))
-        if node.op == "output" and not isinstance(node.args[0], torch.fx.Node):
-            found.append(Problem("output", type(net).__name__, "its forward must return one tensor"))
-    return trace, found
+        The function moves numbers whatever they are, so its answer to the numbers of the entries says which went where. Raises Unsupported if an output of a
+        batch holds entries of another input, or if it depends on the length of the batch.
+        """
+        signals = {part for part in inputs_of((node.args, node.kwargs)) if part.name in self.shapes}
+        if len(signals) != 1:
+            raise Unsupported([Problem(node.name, name_of(node.target), "takes its place from a signal; entries can be picked by constant places only")])
+        signal = signals.pop()
+        shape, found = self.shapes[signal.name], []
+        for batch, values in zip(_BATCHES, self.constants, strict=True):
+            numbers = torch.arange(batch * math.prod(shape), dtype=torch.float64).reshape(batch, *shape)
+            put = {**{part: values.get(part.name) for part in node.all_input_nodes}, signal: numbers}
+            moved = run_call(node, *map_arg((node.args, dict(node.kwargs)), put.__getitem__))
+            places = moved.reshape(batch, -1).long().numpy() - math.prod(shape) * np.arange(batch)[:, None]
+            if ((places < 0) | (places >= math.prod(shape)) | (places != places[0])).any():
+                raise Unsupported([Problem(node.name, name_of(node.target), "mixes the inputs of a batch; act on the other dimensions")])
+            found.append(places[0])
+        if not np.array_equal(*found):
+            raise Unsupported([Problem(node.name, name_of(node.target), "depends on the number of inputs in a batch; act on the other dimensions")])
+        return found[0]
 
 
-def _grows_in_place(module: nn.Module) -> bool:
-    """Whether a module may make a signal larger that others read under another name; with slopes within [-1, 1] their bounds hold all the same."""
-    low, high = slopes(module) or (-1.0, 1.0)
-    return bool(getattr(module, "inplace", False)) and not -1 <= low <= high <= 1
-
-
-def _shapes(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> dict[str, Shape]:
-    """The shape at every node, from a run on zeros. Raises ValueError where the network does not take inputs of this shape."""
+def _trials(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[dict[str, Shape], tuple[dict[str, Any], ...]]:
+    """The shape of every signal, and the other values, from runs on zeros. Raises ValueError where the network does not take inputs of this shape."""
     module = torch.fx.GraphModule(net, trace)
     dtype = next((p.dtype for p in net.state_dict().values() if p.is_floating_point()), torch.float32)
     runs = []
@@ -183,11 +174,11 @@ def _shapes(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> dict[s
         except Exception as error:  # torch raises many kinds here
             line = (str(error).splitlines() or [""])[0]
             raise ValueError(f"the network does not take inputs of shape {tuple(input_shape)}: {line}; pass the shape of one input as input_shape") from error
-        runs.append(recorder.shapes)
-    if runs[0] != runs[1]:
-        name = next(name for name in runs[0] if runs[0][name] != runs[1].get(name))
+        runs.append(recorder)
+    if runs[0].shapes != runs[1].shapes:
+        name = next(name for name, shape in runs[0].shapes.items() if shape != runs[1].shapes.get(name))
         raise ValueError(f"{name} mixes the inputs of a batch: the shape that it makes of one input depends on how many there are")
-    return runs[0]
+    return runs[0].shapes, (runs[0].constants, runs[1].constants)
 
 
 @torch.no_grad()
@@ -207,25 +198,27 @@ def _check_trace(net: nn.Module, graph: Graph) -> None:
 
 
 class _Recorder(torch.fx.Interpreter):
+    """Keeps the shapes of the signals, which depend on the input, and the values of all else."""
+
     def __init__(self, module: torch.fx.GraphModule, batch: int, dtype: torch.dtype) -> None:
         super().__init__(module)
         self.batch, self.dtype = batch, dtype
         self.shapes: dict[str, Shape] = {}
+        self.constants: dict[str, Any] = {}
 
     def run_node(self, n: torch.fx.Node) -> Any:
         value = super().run_node(n)
-        if isinstance(value, torch.Tensor) and n.op != "get_attr":
-            if value.dim() == 0 or value.shape[0] != self.batch:
-                raise ValueError(f"{n.name} mixes the inputs of a batch: from {self.batch} inputs it makes {tuple(value.shape)}")
-            if value.dtype != self.dtype:
-                raise ValueError(f"{n.name} turns {self.dtype} into {value.dtype}, for which no bound is known")
-            self.shapes[n.name] = tuple(value.shape[1:])
+        if n.op == "output":
+            return value
+        if not isinstance(value, torch.Tensor) or not (n.op == "placeholder" or any(part.name in self.shapes for part in n.all_input_nodes)):
+            self.constants[n.name] = value
+            return value
+        if value.dim() == 0 or value.shape[0] != self.batch:
+            raise ValueError(f"{n.name} mixes the inputs of a batch: from {self.batch} inputs it makes {tuple(value.shape)}")
+        if value.dtype != self.dtype:
+            raise ValueError(f"{n.name} turns {self.dtype} into {value.dtype}, for which no bound is known")
+        self.shapes[n.name] = tuple(value.shape[1:])
         return value
-
-
-def _as_parent(net: nn.Module) -> nn.Module:
-    """A network that is a single leaf, put into a Sequential so that it can be traced."""
-    return nn.Sequential(net).train(net.training) if isinstance(net, Layer) or rule_for(net) is not None else net
 
 
 def _on_cpu(net: nn.Module) -> bool:

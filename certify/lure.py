@@ -23,26 +23,30 @@ from certify import slopes
 from certify.bound import Array, Ball, Bound, Box, Domain, Everywhere
 from certify.convolution import two
 from certify.errors import CertifyError, Problem, Unsupported
+from certify.functions import BatchNorm
 from certify.graph import Graph
 from certify.registry import Shape, nearest
-from certify.rules.operators import ELEMENTWISE
+from certify.rules.operators import ELEMENTWISE, PICKING
 from certify.spectral import as_float64
+from certify.tracing import inputs_of, run_call
 from lipnet.functional import comparators
 from lipnet.layers.base import Layer
 from lipnet.layers.residual import ResidualBlock
 from lipnet.layers.sll import PotentialLayer
-from sdp.activation import RELU, Activation
+from sdp.activation import RELU, Activation, leaky_relu
 from sdp.proof import UNIT
 from sdp.wiring import Index, Region, Signal, Wiring
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _modules: dict[type[nn.Module], Callable[[Lowering, Any, Wire], Wire]] = {}
 _operators: dict[Any, Callable[..., Wire]] = {}
+_calls: dict[Any, Callable[[Lowering, torch.fx.Node, dict[torch.fx.Node, Any]], Wire]] = {}  # those that need the node itself
 _reasons: dict[type[nn.Module], str] = {
     lipnet.L2Pool2d: "an l2 norm of a block is neither elementwise nor a sorting; take --method layerwise, or another pool",
 }
 _SUMS = (operator.add, torch.add)
-_ARITHMETIC = (*_SUMS, "add", operator.sub, torch.sub, "sub")
+_DIVIDING = (operator.truediv, torch.div, torch.true_divide, "div", "true_divide")
+_ARITHMETIC = (*_SUMS, "add", operator.sub, torch.sub, "sub", operator.mul, torch.mul, "mul", *_DIVIDING)
 _ROOM = 1e-7
 _SHARE = 0.5  # of the machine's memory
 _LOOKED_AT = 2**24  # entries of a layer's matrix
@@ -114,16 +118,18 @@ def _of_types(graph: Graph) -> list[Problem]:
     for node in graph.trace.nodes:
         if node.op == "call_module":
             found += [dataclasses.replace(problem, where=str(node.target)) for problem in _module_problems(graph.module(node))]
-        elif node.op in ("call_function", "call_method") and node.name in graph.shapes and node.target not in _operators:
+        elif node.op in ("call_function", "call_method") and node.name in graph.shapes and node.target not in (*_operators, *_calls, *PICKING):
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
             found.append(Problem(node.name, str(name), "has no form as linear maps and scalar nonlinearities here; take --method layerwise"))
         elif node.target in _ARITHMETIC and node.name in graph.shapes and any(_is_size(graph, arg) for arg in node.all_input_nodes):
-            found.append(Problem(node.name, getattr(node.target, "__name__", str(node.target)), "counts with a size of its input; write the number itself"))
+            found.append(
+                Problem(node.name, getattr(node.target, "__name__", str(node.target)), "counts with the number of inputs in a batch; write the number itself")
+            )
     return found
 
 
 def _is_size(graph: Graph, node: torch.fx.Node) -> bool:
-    return node.op != "get_attr" and node.name not in graph.shapes
+    return node.name not in graph.shapes and graph.constant(node) is None
 
 
 def _overwritten(graph: Graph) -> list[Problem]:
@@ -221,7 +227,7 @@ class Lowering:
                 said = self.graph.said[node]
                 scales.append((before[1], len(self.hints), said.value if isinstance(said, Bound) else math.inf))
             elif node.op == "get_attr":
-                values[node] = _attribute(self.graph.net, str(node.target))
+                values[node] = self.graph.constant(node)
             elif node.op != "output":
                 values[node] = self.operation(node, values)
             self.check_memory()
@@ -245,12 +251,20 @@ class Lowering:
         return whole if len(whole) == self.wiring.count and np.isfinite(whole).all() else None
 
     def operation(self, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Any:
-        """One call in a forward; None for sizes."""
+        """One call in a forward; the number itself for sizes."""
         if node.name not in self.graph.shapes:
-            return None
+            return self.graph.constant(node)
+        shape = self.graph.shapes[node.name]
+        if node.target in PICKING:
+            signal = next(part for part in node.all_input_nodes if part.name in self.graph.shapes)
+            return self.pick(values[signal], self.graph.picked(node), shape)
+        if node.target in _calls:
+            return _calls[node.target](self, node, values)
         arguments = [values[arg] if isinstance(arg, torch.fx.Node) else arg for arg in node.args]
+        if node.target in _ARITHMETIC:
+            arguments = [self.spread(arg, shape) if isinstance(arg, Wire) else arg for arg in arguments]
         made = _operators[node.target](self, *arguments)
-        return dataclasses.replace(made, shape=self.graph.shapes[node.name])
+        return dataclasses.replace(made, shape=shape)
 
     def module(self, module: nn.Module, x: Wire) -> Wire:
         """One module: by its entry, or as the plain modules that it freezes to."""
@@ -291,6 +305,13 @@ class Lowering:
     def pick(self, x: Wire, which: Index, shape: Shape) -> Wire:
         """Some of the entries."""
         return Wire(self.wiring.pick(x.signal, which), shape)
+
+    def spread(self, x: Wire, shape: Shape) -> Wire:
+        """The entries repeated to fit this shape, as torch does."""
+        if x.shape == shape:
+            return x
+        numbers = np.arange(math.prod(x.shape)).reshape(1, *x.shape)
+        return self.pick(x, np.broadcast_to(numbers, (1, *shape)).ravel(), shape)
 
     def add(self, x: Wire, y: Wire) -> Wire:
         """The sum of two signals of one shape."""
@@ -382,8 +403,8 @@ def _(self: Lowering, layer: Any, x: Wire) -> Wire:
     return self.linear(matrix, x, (*x.shape[:-1], len(weight)), bias)
 
 
-@lowers(nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
-def _(self: Lowering, layer: nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d, x: Wire) -> Wire:
+@lowers(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+def _(self: Lowering, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, x: Wire) -> Wire:
     """The matrix, from the answers to unit vectors: each is an entry of the kernel, or 0, in any order of summation."""
     with torch.no_grad():
         unbiased = _without_bias(layer)
@@ -410,7 +431,7 @@ def _answers(function: Callable[[Tensor], Tensor], shape: Shape) -> Array:  # (o
     return np.ascontiguousarray(torch.cat(parts).T.numpy())
 
 
-@lowers(nn.BatchNorm1d, nn.BatchNorm2d)
+@lowers(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNorm)
 def _(self: Lowering, layer: nn.BatchNorm1d, x: Wire) -> Wire:
     """`(v - mean) weight / sqrt(var + eps) + bias`, with the running statistics."""
     variance = as_float64(layer.running_var) + layer.eps  # type: ignore[arg-type]
@@ -453,7 +474,7 @@ def _(self: Lowering, layer: lipnet.LayerCentering2d, x: Wire) -> Wire:
     return self.linear(_kron(ones, block), x, x.shape, bias, _kron(ones, np.full((pixels, pixels), 4 * UNIT)))
 
 
-@lowers(nn.AvgPool2d, nn.AdaptiveAvgPool2d, lipnet.ScaledAvgPool2d)
+@lowers(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, lipnet.ScaledAvgPool2d)
 def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """The matrix from the answers to unit vectors, each entry one over a count."""
     made = tuple(module(torch.zeros(1, *x.shape)).shape[1:])
@@ -462,8 +483,9 @@ def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     return self.linear(matrix, x, made, error=4 * UNIT * np.abs(matrix))
 
 
-@lowers(nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d, nn.Identity, nn.PixelUnshuffle, nn.PixelShuffle)
-@lowers(nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
+@lowers(nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
+@lowers(nn.PixelUnshuffle, nn.PixelShuffle, nn.ChannelShuffle, nn.Upsample, nn.UpsamplingNearest2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
+@lowers(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
 def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """A rearrangement, entries perhaps repeated."""
     numbered = module(torch.arange(math.prod(x.shape), dtype=torch.float64).reshape(1, *x.shape))
@@ -472,7 +494,7 @@ def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     return Wire(x.signal, made) if np.array_equal(which, np.arange(len(which))) else self.pick(x, which, made)
 
 
-@lowers(nn.ZeroPad2d, nn.ConstantPad2d, lipnet.PadChannels)
+@lowers(nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.Unfold, lipnet.PadChannels)
 def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """A border of constants: rows of zeros, and the constants."""
     zeros = torch.zeros(1, *x.shape, dtype=torch.float64)
@@ -488,10 +510,23 @@ def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
 
 def _elementwise(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """With slopes in [a, b] the module alone is proved by the multiplier 1 for a >= 0, and 1/2 otherwise (of slopes up to 1 in size)."""
+    if isinstance(module, nn.PReLU) and module.num_parameters > 1:
+        return _by_channel(self, as_float64(module.weight), x)
     activation = slopes.activation(module)
     if activation is None:
         raise AssertionError(f"{type(module).__name__} passed the check of the lowering without slopes; please report this")
     return Wire(self.bend(x.signal, activation, 1.0 if activation.range[0] >= 0 else 0.5), x.shape)
+
+
+def _by_channel(self: Lowering, below: Array, x: Wire) -> Wire:
+    """PReLU: channels of one slope below zero together."""
+    of_entry = np.repeat(below, math.prod(x.shape[1:]))
+    groups = [np.flatnonzero(of_entry == slope) for slope in np.unique(below)]
+    bent = [
+        self.bend(self.wiring.pick(x.signal, group), leaky_relu(float(slope)), 1.0 if slope >= 0 else 0.5)
+        for slope, group in zip(np.unique(below), groups, strict=True)
+    ]
+    return self.pick(Wire(self.wiring.join(bent), x.shape), np.argsort(np.concatenate(groups), kind="stable"), x.shape)
 
 
 @lowers(lipnet.NActivation)
@@ -622,14 +657,6 @@ def _(self: Lowering, layer: lipnet.LDLTConv2d, x: Wire) -> Wire:
 Operand = Wire | Tensor | float
 
 
-def _attribute(net: nn.Module, path: str) -> Tensor:
-    """A stored tensor of the network."""
-    parent, _, name = path.rpartition(".")
-    value = getattr(net.get_submodule(parent), name)
-    assert isinstance(value, Tensor)
-    return value
-
-
 @lowers_operator(operator.add, torch.add, "add")
 def _(self: Lowering, a: Operand, b: Operand) -> Wire:
     if isinstance(a, Wire) and isinstance(b, Wire):
@@ -653,11 +680,47 @@ def _(self: Lowering, a: Wire) -> Wire:
 
 
 @lowers_operator(operator.mul, torch.mul, "mul")
-def _(self: Lowering, a: Wire | float, b: Wire | float) -> Wire:
-    wire, number = (a, b) if isinstance(a, Wire) else (b, a)
+def _(self: Lowering, a: Operand, b: Operand) -> Wire:
+    wire, factor = (a, b) if isinstance(a, Wire) else (b, a)
     assert isinstance(wire, Wire)
-    assert not isinstance(number, Wire)
-    return Wire(self.wiring.scale(wire.signal, float(number)), wire.shape)
+    assert not isinstance(factor, Wire)
+    return Wire(self.wiring.scale(wire.signal, _entries(factor, wire.shape)), wire.shape)
+
+
+@lowers_operator(*_DIVIDING)
+def _(self: Lowering, a: Wire, b: Tensor | float) -> Wire:
+    divisor = _entries(b, a.shape)
+    exact = np.abs(np.frexp(divisor)[0]) == 0.5
+    return Wire(self.wiring.scale(a.signal, 1 / divisor, np.where(exact, 0.0, 2 * UNIT / np.abs(divisor))), a.shape)
+
+
+def _entries(factor: Tensor | float, shape: Shape) -> Array:
+    """A number, or stored ones, for each entry of a signal."""
+    numbers = as_float64(factor) if isinstance(factor, Tensor) else np.asarray(float(factor))
+    return np.ascontiguousarray(np.broadcast_to(numbers, (1, *shape))).ravel()
+
+
+def _joined(self: Lowering, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Wire:
+    """Concatenated and stacked signals: where each entry goes is seen from torch's answer to their numbers."""
+    parts = [values[part] for part in inputs_of(node.args[:1])]
+    if not all(isinstance(part, Wire) for part in parts):
+        raise CertifyError(f"{node.name} joins a stored tensor to a signal, which has no form here; take --method layerwise")
+    ends = np.cumsum([math.prod(part.shape) for part in parts])
+    numbers = [torch.arange(end - math.prod(part.shape), end, dtype=torch.float64).reshape(1, *part.shape) for part, end in zip(parts, ends, strict=True)]
+    moved = run_call(node, (numbers, *node.args[1:]), node.kwargs)
+    return self.pick(Wire(self.wiring.join([part.signal for part in parts]), ()), moved.flatten().long().numpy(), self.graph.shapes[node.name])
+
+
+def _reduced(self: Lowering, node: torch.fx.Node, values: dict[torch.fx.Node, Any]) -> Wire:
+    """Sums are exact; an entry of the matrix of a mean is one over a count."""
+    x, made = values[node.all_input_nodes[0]], self.graph.shapes[node.name]
+    self.check_memory(math.prod(x.shape) * math.prod(made))
+    matrix = _answers(lambda part: run_call(node, (part, *node.args[1:]), node.kwargs), x.shape)
+    return self.linear(matrix, x, made, error=4 * UNIT * np.abs(matrix))
+
+
+_calls.update(dict.fromkeys((torch.cat, torch.concat, torch.concatenate, torch.stack), _joined))
+_calls.update(dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _reduced))
 
 
 @lowers_operator(torch.flatten, "flatten", "reshape", "view", torch.reshape)

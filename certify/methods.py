@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -46,6 +45,9 @@ class Layerwise(LipschitzMethod):
             except Unsupported as error:
                 problems += [dataclasses.replace(p, where=p.where or node.name) for p in error.problems]
                 values[node] = _IDENTITY  # go on, to name every problem at once
+            except OverflowError as error:
+                problems.append(Problem(node.name, "the network", f"{error}, so its layers have no bound that can be written down"))
+                values[node] = _IDENTITY
         if problems:
             raise Unsupported(problems)
         return dataclasses.replace(values[graph.output], domain=domain, method=repr(self))
@@ -75,27 +77,15 @@ def _value(graph: Graph, node: torch.fx.Node, values: dict[torch.fx.Node, Any], 
         layer = layers[node]
         if isinstance(layer, Unsupported):
             raise layer
-        if node is graph.output:
+        if node is graph.output and len(graph.shapes[node.name]) == 1:
             layer = dataclasses.replace(layer, pairs=_pairs(graph.module(node)))
         return layer @ values[node.all_input_nodes[0]]
     if node.op in ("call_function", "call_method"):
         rule = operator_for(node.target)
-        if rule is None:
+        if rule is None and node.name in graph.shapes:
             raise AssertionError(f"{node} passed the check of the graph without a rule; please report this")
-        arguments = [values[arg] if isinstance(arg, torch.fx.Node) else arg for arg in node.args]
-        _check_broadcast(graph, node)
-        return rule(arguments, node.kwargs)
+        return rule(graph.call(node, values)) if rule is not None and node.name in graph.shapes else None
     return None  # get_attr, output
-
-
-def _check_broadcast(graph: Graph, node: torch.fx.Node) -> None:
-    """Refuse an operation that repeats the entries of a signal to fit the other operand: each repetition counts in the norm."""
-    made = graph.shapes.get(node.name)
-    for operand in node.all_input_nodes:
-        shape = graph.shapes.get(operand.name)
-        if made is not None and shape is not None and math.prod(made) != math.prod(shape):
-            why = f"makes {made} of a signal of shape {shape}, so entries are repeated or left out; bring the operands to one shape first"
-            raise Unsupported([Problem(node.name, str(getattr(node.target, "__name__", node.target)), why)])
 
 
 def _pairs(module: nn.Module) -> Array | None:

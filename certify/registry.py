@@ -2,15 +2,18 @@
 
 A rule is keyed by type, or by the name of a type of a package that is not imported here, and looked up through the method resolution order, for the class
 whose methods the module really runs: a subclass that overrides anything of it, a method set on the instance, forward hooks, a weight that changes when it is
-read, or a module in training mode are refused by `problems_of`.
+read, or a module in training mode are refused by `problems_of`. (A subclass of torch's own modules with another forward is seen through: certify.tracing.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from certify.bound import Array, Bound
@@ -19,14 +22,34 @@ from certify.errors import Problem
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Shape], Bound]  # (module, shape of its input without the batch) -> Bound from l2 to l2, everywhere
 Head = Callable[[Any], Array]  # module -> (outputs, features) float64, the rows of a linear last layer as it runs
-OperatorRule = Callable[..., Bound]  # (Call) -> Bound
+Index = NDArray[np.int64]
+OperatorRule = Callable[["Call"], "Bound | None"]  # None for sizes and other constants
 _R = TypeVar("_R", bound=Callable[..., Any])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a function or a tensor method in a forward, of which a rule says what is known."""
+
+    name: str
+    args: tuple[Any, ...]  # a Bound for each signal; other values as they are for inputs of this shape, None where they change with the batch
+    options: Mapping[str, Any]
+    shapes: tuple[Shape, ...]  # of the signals, in the order of the arguments
+    made: Shape  # without the batch, as all shapes here; () for sizes
+    picked: Callable[[], Index]  # for a rearrangement of one signal: which entry of one input each entry of one output is; see Graph.picked
+
+    @property
+    def bounds(self) -> list[Bound]:
+        """Those of the signals, also where they stand in a list."""
+        flat = [part for arg in self.args for part in (arg if isinstance(arg, list | tuple) else [arg])]
+        return [part for part in flat if isinstance(part, Bound)]
+
 
 _rules: dict[type[nn.Module], Rule] = {}
 _named: dict[str, Rule] = {}  # by module and qualified name of the class
 _heads: dict[type[nn.Module], Head] = {}
 _operators: dict[Any, OperatorRule] = {}
-_reasons: dict[type[nn.Module], str] = {}
+_reasons: dict[Any, str] = {}  # of types, functions and names of tensor methods
 
 _HARMLESS = {"extra_repr", "reset_parameters", "__init__", "_abc_impl"}  # what a subclass may override without changing what it computes
 _CALLING = {"__call__", "__getattr__", "__getattribute__"}
@@ -72,9 +95,14 @@ def register_operator(*targets: Any) -> Callable[[_R], _R]:
     return decorator
 
 
-def register_reason(reason: str, *types: type[nn.Module]) -> None:
-    """Say why modules of these types are refused, where there is more to say than that they are unknown."""
-    _reasons.update(dict.fromkeys(types, reason))
+def register_reason(reason: str, *known: Any) -> None:
+    """Say why modules of these types, these functions and these tensor methods are refused, where there is more to say than that they are unknown."""
+    _reasons.update(dict.fromkeys(known, reason))
+
+
+def reason_for(target: Any) -> str:
+    """Why a function, or a tensor method of this name, is refused."""
+    return _reasons.get(target, "no rule is known for this operation in a forward")
 
 
 def known_types() -> tuple[type[nn.Module], ...]:
@@ -117,6 +145,8 @@ def problems_of(module: nn.Module, where: str, leaf: bool) -> list[Problem]:
         found.append("has a forward, __call__ or __getattr__ of its own on the instance or class; put it into the forward of a class")
     if leaf:
         found += _leaf_problems(module)
+    elif "parametrizations" in module._modules:
+        found += _moving_problems([path for path in _moving(module) if "." not in path])
     return [Problem(where, name, why) for why in found]
 
 
@@ -131,13 +161,16 @@ def _leaf_problems(module: nn.Module) -> list[str]:
         return [f"overrides {cls.__name__}.{', '.join(changed)}, so what is known of {cls.__name__} does not hold; register a rule for {type(module).__name__}"]
     if any(not torch.isfinite(tensor).all() for tensor in module.state_dict().values()):
         return ["holds NaN or infinite numbers; load weights that are finite"]
-    moving = _moving(module)
-    if moving:
-        return [
-            f"computes {', '.join(moving)} from a state that changes with every forward, in eval mode too (a power iteration that goes on, say), so no number "
-            "is true of the next forward; make it a number with torch.nn.utils.parametrize.remove_parametrizations (not in a deep copy: it breaks the original)"
-        ]
-    return []
+    return _moving_problems(_moving(module))
+
+
+def _moving_problems(moving: list[str]) -> list[str]:
+    if not moving:
+        return []
+    return [
+        f"computes {', '.join(moving)} from a state that changes with every forward, in eval mode too (a power iteration that goes on, say), so no number "
+        "is true of the next forward; make it a number with torch.nn.utils.parametrize.remove_parametrizations (not in a deep copy: it breaks the original)"
+    ]
 
 
 def nearest(module: nn.Module) -> type[nn.Module] | None:

@@ -17,7 +17,7 @@ _SLOPES: dict[type[nn.Module], Callable[..., Slopes]] = {
     nn.ReLU: lambda _: (0.0, 1.0),
     nn.ReLU6: lambda _: (0.0, 1.0),
     nn.Hardtanh: lambda _: (0.0, 1.0),
-    nn.LeakyReLU: lambda m: (min(m.negative_slope, 1.0), max(m.negative_slope, 1.0)),
+    nn.LeakyReLU: lambda m: _leaky(m.negative_slope),
     nn.ELU: lambda m: (min(m.alpha, 0.0), max(m.alpha, 1.0)),
     nn.CELU: lambda m: (0.0, 1.0) if m.alpha > 0 else (-math.inf, math.inf),  # exp(x / alpha) has no bound for a negative alpha
     nn.SELU: lambda _: (0.0, 1.7581),  # scale * alpha = 1.758099...
@@ -29,8 +29,20 @@ _SLOPES: dict[type[nn.Module], Callable[..., Slopes]] = {
     nn.GELU: lambda m: (
         (-0.1289045, 1.1289045) if m.approximate == "none" else (-0.1290, 1.1290)
     ),  # erf form: 1/2 +- (erf(1)/2 + e^-1/sqrt(pi)), at |x| = sqrt(2)
+    nn.Mish: lambda _: (-0.1125262, 1.0884982),  # extrema of the derivative of x tanh(log(1 + e^x)), at x = -2.2563764 and 1.4905712
+    nn.Hardswish: lambda _: (-0.5, 1.5),  # (2 x + 3) / 6 between -3 and 3
+    nn.Hardsigmoid: lambda _: (0.0, math.nextafter(1 / 6, 1.0)),
+    nn.Softshrink: lambda m: (0.0, 1.0) if m.lambd >= 0 else (-math.inf, math.inf),
+    nn.Tanhshrink: lambda _: (0.0, 1.0),
+    nn.RReLU: lambda m: _leaky((m.lower + m.upper) / 2),  # in eval mode
+    nn.PReLU: lambda m: _leaky(*m.weight.detach().double().tolist()),
     lipnet.Abs: lambda _: (-1.0, 1.0),
 }
+
+
+def _leaky(*below: float) -> Slopes:
+    """Of what has slope 1 above zero and one of these below."""
+    return (min(1.0, *below), max(1.0, *below)) if all(map(math.isfinite, below)) else (-math.inf, math.inf)
 
 
 def slopes(module: nn.Module) -> Slopes | None:

@@ -184,19 +184,64 @@ def test_inspect_and_lipschitz(model, capsys):
 
 def test_inspect_names_every_offending_node(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
-        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(4, 4), nn.Softplus(), nn.LayerNorm(4), nn.Linear(4, 2))\nother = 3\n"
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(4, 4), nn.Softplus(), nn.Hardshrink(), nn.Linear(4, 2))\nother = 3\n"
     )
     assert main(["inspect", f"{tmp_path}/mine.py:make", "--input-shape", "4"]) == 0
     shown = capsys.readouterr().out
     assert "does not apply" in shown
     assert "Softplus at 1" in shown
-    assert "LayerNorm at 2" in shown
+    assert "Hardshrink at 2" in shown
     assert main(["lipschitz", f"{tmp_path}/mine.py:make", "--input-shape", "4"]) == 2
     assert "2 places" in capsys.readouterr().err
     assert main(["inspect", f"{tmp_path}/mine.py:other", "--input-shape", "4"]) == 2
     assert "returned int" in capsys.readouterr().err
     assert main(["inspect", f"{tmp_path}/mine.py:make"]) == 2
     assert "--input-shape" in capsys.readouterr().err
+
+
+def test_inspect_shows_the_graph_and_what_each_certifier_will_cost(tmp_path, capsys):
+    code = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 4), nn.Linear(8, 3)
+    def forward(self, x):
+        h = torch.relu(self.first(x)) if x.shape[1] == 6 else x
+        return self.last(torch.cat([h, 1e90 * h], dim=1))
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+    def forward(self, x):
+        h = self.inner(x).unflatten(1, (2, 3))
+        return nn.functional.scaled_dot_product_attention(h, h, h).flatten(1) * torch.sigmoid(x) + torch.cumsum(x, 1)
+"""
+    (tmp_path / "net.py").write_text(code)
+    assert main(["inspect", f"{tmp_path}/net.py:Net", "--input-shape", "6", "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["seen_by"] == "torch.export"
+    assert [operation for _, operation, _ in about["operators"]] == ["Linear", "ReLU", "mul", "cat", "Linear"]
+    assert about["operators"][3][2] == [8]
+    assert about["certifiers"]["margin"]["bound"] > 1e89
+    assert all(about["certifiers"][method]["seconds"] >= 0 for method in ("margin", "lipsdp", "smoothing"))
+    assert main(["inspect", f"{tmp_path}/net.py:Net", "--input-shape", "6"]) == 0
+    shown = capsys.readouterr().out
+    assert "graph   by torch.export: 2 Linear, 1 ReLU, 1 cat, 1 mul" in shown
+    assert "e+" in next(line for line in shown.splitlines() if line.startswith("certifier margin: applies; l2 bound"))
+    assert "for an input at 100,000 copies" in shown
+    assert main(["inspect", f"{tmp_path}/net.py:Attention", "--input-shape", "6"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "scaled_dot_product_attention: attention multiplies signals by each other" in shown
+    assert "cumsum at cumsum: no rule is known" in shown
+
+
+def test_durations_are_in_the_unit_that_fits():
+    from certify.cli.inspect import duration_text
+
+    texts = ["less than a second", "about 30 s", "about 3 minutes", "about 3 hours", "about 4 days", "about 3 years"]
+    assert [duration_text(seconds) for seconds in (0.2, 31, 200, 10_000, 345_600, 1e8)] == texts
 
 
 def test_inspect_says_which_semidefinite_certifiers_apply(tmp_path, capsys, monkeypatch):

@@ -280,6 +280,11 @@ CONVOLUTIONS = [
     (nn.ConvTranspose2d(2, 3, (2, 4), stride=(2, 3), padding=(0, 1)), (2, 4, 5), 1.2),
     (nn.ConvTranspose2d(4, 2, 3, groups=2), (4, 6, 7), 1.2),
     (nn.ConvTranspose2d(2, 2, 3, dilation=3, stride=2, output_padding=2), (2, 4, 4), 1.4),
+    (nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 7), 1.2),
+    (nn.ConvTranspose1d(4, 2, 4, stride=3, groups=2, dilation=2), (4, 5), 1.2),
+    (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 6, 7), 2.0),
+    (nn.Conv2d(2, 2, (3, 2), stride=2, padding=(2, 0), padding_mode="replicate"), (2, 5, 6), 2.5),
+    (nn.Conv1d(2, 2, 3, padding=1, padding_mode="replicate"), (2, 6), 1.5),
 ]
 
 
@@ -334,6 +339,26 @@ POOLS = [
     (nn.CircularPad2d((2, 1, 0, 3)), (1, 4, 4)),
     (nn.CircularPad2d(3), (1, 3, 4)),
     (nn.BatchNorm2d(3), (3, 2, 2)),
+    (nn.BatchNorm3d(3), (3, 2, 1, 2)),
+    (nn.AvgPool1d(3, 2, 1), (2, 7)),
+    (nn.AvgPool1d(3, 2, ceil_mode=True), (1, 6)),
+    (nn.AvgPool3d((2, 3, 2), 2, 1), (1, 3, 4, 5)),
+    (nn.AvgPool3d(2, 1, divisor_override=3), (1, 3, 3, 2)),
+    (nn.AdaptiveAvgPool1d(3), (2, 7)),
+    (nn.AdaptiveAvgPool3d((2, 1, None)), (1, 3, 3, 2)),
+    (nn.ReflectionPad1d((2, 1)), (2, 4)),
+    (nn.ReplicationPad3d((0, 1, 2, 0, 1, 1)), (1, 2, 3, 2)),
+    (nn.CircularPad1d((1, 3)), (2, 4)),
+    (nn.CircularPad3d(1), (1, 2, 2, 2)),
+    (nn.ZeroPad1d(2), (2, 4)),
+    (nn.ConstantPad3d(1, 2.0), (1, 2, 2, 2)),
+    (nn.ConstantPad1d((1, -2), 0.5), (5,)),
+    (nn.ChannelShuffle(2), (4, 3, 2)),
+    (nn.Upsample(scale_factor=2), (2, 3, 2)),
+    (nn.Upsample(size=(5, 3)), (1, 3, 2)),
+    (nn.Upsample(scale_factor=3.0), (2, 4)),
+    (nn.Unfold(2), (2, 4, 3)),
+    (nn.Unfold((3, 2), dilation=(1, 2), padding=1, stride=(2, 1)), (1, 5, 4)),
 ]
 
 
@@ -362,6 +387,11 @@ def test_pools_and_padding_are_met_exactly(module, shape):
         (nn.MaxPool2d((3, 1), (1, 1), (1, 0)), (1, 6, 6), math.sqrt(3)),
         (nn.ReflectionPad2d(1), (1, 3, 3), 3.0),
         (nn.ReplicationPad2d((2, 0, 0, 0)), (1, 3, 3), math.sqrt(3)),
+        (nn.MaxPool1d(3, 2), (2, 7), math.sqrt(2)),
+        (nn.MaxPool3d(3, 2, ceil_mode=True), (1, 6, 4, 5), math.sqrt(2 * 2 * 2)),
+        (nn.AdaptiveMaxPool2d(2), (1, 4, 5), math.sqrt(2)),
+        (nn.AdaptiveMaxPool1d(4), (1, 3), math.sqrt(2)),
+        (nn.AdaptiveMaxPool3d(1), (1, 3, 3, 2), 1.0),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -425,8 +455,13 @@ def test_a_whole_cnn_is_sound():
 @pytest.mark.parametrize(
     ("module", "shape", "match"),
     [
-        (nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), (2, 6, 6), r"'reflect' shows pixels of the border more than once.*use 'zeros' or 'circular'"),
-        (nn.Conv1d(2, 2, 3, padding=1, padding_mode="replicate"), (2, 6), "'replicate' shows pixels"),
+        (nn.Upsample(scale_factor=2, mode="bilinear"), (2, 6, 6), "mode='bilinear'.*use 'nearest'"),
+        (nn.InstanceNorm2d(2, track_running_stats=True), (2, 4, 4), "running statistics"),
+        (nn.LayerNorm(4, eps=0.0), (4,), "no Lipschitz constant near a constant input"),
+        (nn.RMSNorm(4, elementwise_affine=False), (4,), "set eps"),
+        (nn.Conv3d(1, 1, 3, padding=1, padding_mode="circular"), (1, 4, 4, 4), "three dimensions"),
+        (nn.Softmax(0), (4,), "may mix the inputs"),
+        (nn.LogSoftmax(), (4,), "may mix the inputs"),
         (nn.Conv2d(3, 3, 3, padding=1), (6, 6), r"takes one input of shape \('channels', 'height', 'width'\), got \(6, 6\)"),
         (nn.Conv1d(3, 3, 3, padding=1), (6,), "got"),
         (nn.AvgPool2d(2), (6, 6), "takes one input"),
@@ -461,5 +496,55 @@ def test_nan_kernels_and_subclasses_are_refused():
         layer.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(certify.Unsupported, match="NaN or infinite"):
         certify.lipschitz(layer, input_shape=(2, 5, 5))
-    with pytest.raises(certify.Unsupported, match=r"no rule is known|Conv3d"):
-        certify.lipschitz(nn.Conv3d(1, 1, 3).eval(), input_shape=(1, 4, 4, 4))
+    with pytest.raises(certify.Unsupported, match=r"no rule is known|ConvTranspose3d"):
+        certify.lipschitz(nn.ConvTranspose3d(1, 1, 3).eval(), input_shape=(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Conv3d(2, 2, 2, stride=(2, 1, 1)), (2, 4, 3, 3)), (nn.Conv3d(2, 4, (3, 1, 2), padding=1, groups=2), (2, 3, 3, 3))], ids=str
+)
+def test_convolutions_in_three_dimensions_are_bounded(layer, shape):
+    layer = double(layer)
+    exact = matrix_norm(layer, shape)
+    assert exact <= bound_of(layer, shape).value <= 2 * exact
+    with torch.no_grad():  # all taps in depth but one are 0: then it is the convolution in two dimensions
+        layer.weight[:, :, 1:] = 0.0
+    exact = matrix_norm(layer, shape)
+    assert exact <= bound_of(layer, shape).value * ROUNDING <= 1.4 * exact
+
+
+NORMALISATIONS = [
+    (nn.LayerNorm(5, eps=1e-2), (5,)),
+    (nn.LayerNorm((2, 3), eps=0.1, elementwise_affine=False), (4, 2, 3)),
+    (nn.GroupNorm(2, 4, eps=0.3), (4, 2, 2)),
+    (nn.InstanceNorm1d(3, eps=0.2, affine=True), (3, 4)),
+    (nn.InstanceNorm2d(2, eps=1e-5), (2, 3, 3)),
+    (nn.RMSNorm(6, eps=0.5), (6,)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), NORMALISATIONS, ids=str)
+def test_normalisations_of_each_input_are_steepest_where_its_entries_are_equal(layer, shape):
+    layer = double(layer)
+    bound = bound_of(layer, shape).value
+    zero = torch.zeros(1, *shape, dtype=torch.float64)
+    attained = torch.autograd.functional.jacobian(layer, zero).reshape(zero.numel(), -1)
+    slopes = [torch.linalg.matrix_norm(attained, 2).item(), largest_slope(layer, shape)]
+    assert 0.7 * bound <= max(slopes) <= bound * ROUNDING  # a projection that takes off the mean comes before the weights
+    if isinstance(layer, nn.RMSNorm) or layer.weight is None:
+        assert bound <= slopes[0] * ROUNDING
+
+
+def test_softmax_is_half_and_log_softmax_the_root_of_its_entries():
+    for module, shape, point in (
+        (nn.Softmax(1), (4,), [0.0, 0.0, -60, -60]),
+        (nn.Softmin(-1), (2, 3), [[0, 0, 60.0]] * 2),
+        (nn.Softmax2d(), (2, 1, 1), [[[0.0]]] * 2),
+    ):
+        at = torch.tensor(point, dtype=torch.float64)[None]
+        attained = torch.linalg.matrix_norm(torch.autograd.functional.jacobian(module, at).reshape(at.numel(), -1), 2).item()
+        assert bound_of(module.eval(), shape).value == 0.5 == pytest.approx(attained, rel=1e-12)
+        assert largest_slope(module, shape) <= 0.5 * ROUNDING
+    module, at = nn.LogSoftmax(1).eval(), torch.tensor([[80.0, 0, 0, 0, 0]], dtype=torch.float64)
+    attained = torch.linalg.matrix_norm(torch.autograd.functional.jacobian(module, at).reshape(5, 5), 2).item()
+    assert attained <= bound_of(module, (5,)).value * ROUNDING <= attained * (1 + 1e-9)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_model, load_model
+from certify.text import up_text
 
 if TYPE_CHECKING:
     from certify.errors import CertifyError
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     from certify.models import Model
 
 HELP = "Show the layers of a model, its input, and which certifiers apply."
+_COPIES = 100_000  # of an input, as the published tables of smoothing have
+_LIPSDP = 3e4  # operations of its solver over the cube of its signals: 2.1e4 to 3.6e4 on chains of 89 and 217 signals
+_LOWRANK = 100  # ... of that of the relaxation over the cube of its constraints: 70 to 145 at 40 and 60 neurons
 EPILOG = "example:\n  certify inspect runs/demo/sandwich.safetensors"
 
 
@@ -39,26 +45,47 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"input   {'x'.join(map(str, model.input_shape)) if model.input_shape else 'shape not stored'}{extent}")
     for name, kind, detail in about["layers"]:
         console.print(f"  {name:<12} {kind}({detail})", markup=False)
+    if about["operators"]:
+        counts = Counter(operation for _, operation, _ in about["operators"])
+        console.print(f"graph   by {about['seen_by']}: {', '.join(f'{count} {operation}' for operation, count in sorted(counts.items()))}", markup=False)
     for method, verdict in about["certifiers"].items():
-        size = f"; {_size_text(method, verdict)}" if "signals" in verdict else ""
-        rate = f"; about {float(format(verdict['copies_per_second'], '.2g')):,.0f} noisy copies per second here" if "copies_per_second" in verdict else ""
-        console.print(f"certifier {method}: {'applies' if verdict['applies'] else 'does not apply'}{size}{rate}")
+        console.print(f"certifier {method}: {'applies' if verdict['applies'] else 'does not apply'}{_cost_text(method, verdict)}", markup=False)
         for problem in verdict["problems"]:
             console.print(f"  {problem}", markup=False)
     return 0
 
 
-def _size_text(method: str, verdict: Mapping[str, Any]) -> str:
-    """What a semidefinite certifier has to solve."""
-    if verdict["signals"] is None:
-        return "its matrices are too large to look at here"
-    which = {"lipsdp": "a matrix inequality of", "lowrank": "in a large ball"}[method]
-    return f"{which} {verdict['signals']:,} signals, about {verdict['mebibytes']:,} MiB"
+def _cost_text(method: str, verdict: Mapping[str, Any]) -> str:
+    """What a certifier will cost; predictions are rough."""
+    parts = []
+    if "bound" in verdict:
+        parts.append(f"l2 bound {up_text(verdict['bound'], 3)}, in {duration_text(verdict['seconds'])}")
+    if "signals" in verdict and verdict["signals"] is None:
+        parts.append("its matrices are too large to look at here")
+    elif "signals" in verdict:
+        which = {"lipsdp": "a matrix inequality of", "lowrank": "in a large ball"}[method]
+        size = f"{which} {verdict['signals']:,} signals, about {verdict['mebibytes']:,} MiB"
+        parts.append(f"{size} and {duration_text(verdict['seconds'])}{' for each radius that is tried' if method == 'lowrank' else ''}")
+    if "copies_per_second" in verdict:
+        rate = f"about {float(format(verdict['copies_per_second'], '.2g')):,.0f} noisy copies per second here"
+        parts.append(f"{rate}, so {duration_text(verdict['seconds'])} for an input at {_COPIES:,} copies")
+    return "".join(f"; {part}" for part in parts)
+
+
+def duration_text(seconds: float) -> str:
+    """In the unit that fits, to one digit: predictions are no better."""
+    if seconds < 1:
+        return "less than a second"
+    for unit, size in (("years", 365 * 86400), ("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"about {float(format(seconds / size, '.1g')):,.0f} {unit}"
+    return f"about {float(format(seconds, '.1g')):,.0f} s"
 
 
 def _about(model: Model) -> dict[str, Any]:
     from certify.graph import leaves
 
+    operators, seen_by, certifiers = _of_graph(model)
     return {
         "model": model.spec,
         "sha256": model.sha256,
@@ -67,12 +94,14 @@ def _about(model: Model) -> dict[str, Any]:
         "input_range": model.input_range,
         "classes": model.classes,
         "layers": [(path, type(module).__name__, module.extra_repr()) for path, module in leaves(model.net)],
-        "certifiers": {**_of_graph(model), "smoothing": _smoothing(model)},
+        "seen_by": seen_by,
+        "operators": operators,
+        "certifiers": {**certifiers, "smoothing": _smoothing(model)},
     }
 
 
-def _of_graph(model: Model) -> dict[str, Any]:
-    """Those that see through the network: layer by layer, by LipSDP, and by a semidefinite relaxation around each input."""
+def _of_graph(model: Model) -> tuple[list[tuple[str, str, Sequence[int]]], str, dict[str, Any]]:
+    """The nodes of its graph and how it was found, and the certifiers that see through it: layer by layer, by LipSDP, and by a relaxation around each input."""
     import torch
 
     from certify.errors import Unsupported
@@ -82,10 +111,24 @@ def _of_graph(model: Model) -> dict[str, Any]:
         graph = Graph.of(model.net, model.shape)
     except Unsupported as error:
         refused = _verdict(error)
-        return {"margin": refused, "lipsdp": refused, "lowrank": refused}
+        return [], "", {"margin": refused, "lipsdp": refused, "lowrank": refused}
     with torch.no_grad():
         margin = _margin(graph)
-        return {"margin": margin, "lipsdp": _lipsdp(graph) if margin["applies"] else margin, "lowrank": _lowrank(graph)}
+        certifiers = {"margin": margin, "lipsdp": _lipsdp(graph) if margin["applies"] else margin, "lowrank": _lowrank(graph)}
+    return _operators(graph), graph.seen_by, certifiers
+
+
+def _operators(graph: Graph) -> list[tuple[str, str, Sequence[int]]]:
+    """Each module that is called and each function: where, what, and the shape that it makes of one input."""
+    from certify.tracing import name_of
+
+    return [
+        (str(node.target), type(graph.module(node)).__name__, graph.shapes[node.name])
+        if node.op == "call_module"
+        else (node.name, name_of(node.target), graph.shapes[node.name])
+        for node in graph.trace.nodes
+        if node.op.startswith("call_") and node.name in graph.shapes
+    ]
 
 
 def _verdict(error: CertifyError | None) -> dict[str, Any]:
@@ -101,11 +144,12 @@ def _margin(graph: Graph) -> dict[str, Any]:
     from certify.errors import Unsupported
     from certify.methods import Layerwise
 
+    start = time.perf_counter()
     try:
-        Layerwise().bound(graph, Everywhere())
+        bound = Layerwise().bound(graph, Everywhere())
     except Unsupported as error:
         return _verdict(error)
-    return _verdict(None)
+    return {**_verdict(None), "bound": bound.value, "seconds": time.perf_counter() - start}
 
 
 def _lipsdp(graph: Graph) -> dict[str, Any]:
@@ -119,7 +163,9 @@ def _lipsdp(graph: Graph) -> dict[str, Any]:
         signals = signals_of(graph)
     except CertifyError as error:
         return _verdict(error)
-    return {**_verdict(None), "signals": signals, "mebibytes": None if signals is None else _mebibytes(memory(signals))}
+    if signals is None:
+        return {**_verdict(None), "signals": None, "mebibytes": None, "seconds": None}
+    return {**_verdict(None), "signals": signals, "mebibytes": _mebibytes(memory(signals)), "seconds": _LIPSDP * signals**3 / _flops()}
 
 
 def _lowrank(graph: Graph) -> dict[str, Any]:
@@ -133,7 +179,28 @@ def _lowrank(graph: Graph) -> dict[str, Any]:
     except CertifyError as error:
         return _verdict(error)
     inputs, neurons = len(network.shift), sum(len(step.bias) for step in network.steps if step.relu)
-    return {**_verdict(None), "signals": 1 + min(inputs, neurons + 1) + neurons, "mebibytes": _mebibytes(memory_for(inputs, neurons, False))}
+    signals = 1 + min(inputs, neurons + 1) + neurons
+    return {
+        **_verdict(None),
+        "signals": signals,
+        "mebibytes": _mebibytes(memory_for(inputs, neurons, False)),
+        "seconds": _LOWRANK * (5 * neurons) ** 3 / _flops(),
+    }
+
+
+@functools.cache
+def _flops() -> float:
+    """Operations per second of a product and a Cholesky factorisation of middling matrices, on this machine now."""
+    import numpy as np
+
+    size = 400
+    matrix = np.random.default_rng(0).standard_normal((size, size))
+    gram = matrix @ matrix.T + size * np.eye(size)
+    start = time.perf_counter()
+    for _ in range(3):
+        np.linalg.cholesky(gram)
+        matrix @ matrix
+    return 3 * (2 + 1 / 3) * size**3 / (time.perf_counter() - start)
 
 
 def _mebibytes(size: int) -> int:
@@ -157,4 +224,5 @@ def _smoothing(model: Model) -> dict[str, Any]:
     start = time.perf_counter()
     with torch.no_grad():
         forward(x)
-    return {"applies": True, "problems": [], "copies_per_second": len(x) / (time.perf_counter() - start)}
+    rate = len(x) / (time.perf_counter() - start)
+    return {"applies": True, "problems": [], "copies_per_second": rate, "seconds": _COPIES / rate}

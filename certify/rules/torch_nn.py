@@ -6,6 +6,7 @@ from torch import nn
 
 from certify import slopes
 from certify.bound import Array, Assumption, Bound
+from certify.convolution import root_up
 from certify.errors import Problem, Unsupported
 from certify.registry import Shape, register, register_head, register_reason
 from certify.spectral import as_float64, largest_singular_value
@@ -49,6 +50,29 @@ def _(module: nn.Unflatten, shape: Shape) -> Bound:
     return Bound(1.0, "unflatten: a rearrangement")
 
 
+@register(nn.Softmax, nn.Softmin, nn.Softmax2d)
+def _(module: nn.Softmax | nn.Softmin | nn.Softmax2d, shape: Shape) -> Bound:
+    """1/2, attained at two equal largest entries.
+
+    Of outputs p the Jacobian is `diag(p) - pp'`, symmetric, and its rows have the sums of sizes `2 p_i (1 - p_i) <= 1/2`, so its eigenvalues are at most that.
+    """
+    _check_dim(module, shape, -3 if isinstance(module, nn.Softmax2d) else module.dim)
+    return Bound(0.5, f"{type(module).__name__}: 1/2")
+
+
+@register(nn.LogSoftmax)
+def _(module: nn.LogSoftmax, shape: Shape) -> Bound:
+    """`sqrt(n)` for n entries: the Jacobian `I - 1p'` is a projection, so its norm is that of `1p'`, which is `sqrt(n) |p| <= sqrt(n)`; 0 for one entry."""
+    return Bound(root_up(_check_dim(module, shape, module.dim)), "LogSoftmax: root of its entries")
+
+
+def _check_dim(module: nn.Module, shape: Shape, dim: int | None) -> int:
+    """The size of a dimension. The batch, and the dimension that torch chooses, are refused."""
+    if dim is None or dim % (len(shape) + 1) == 0:
+        raise Unsupported([Problem("", type(module).__name__, f"acts along dim={dim}, which may mix the inputs of a batch; name another dimension")])
+    return shape[dim % (len(shape) + 1) - 1]
+
+
 @register(nn.Dropout)
 def _(module: nn.Dropout, shape: Shape) -> Bound:
     return Bound(1.0, "dropout: the identity in eval mode")
@@ -58,4 +82,18 @@ register_reason(
     "torch switches Softplus to the identity above its threshold, which makes a jump of 2e-9, so no Lipschitz constant exists; use nn.ReLU or nn.Tanh",
     nn.Softplus,
 )
-register_reason("layer normalisation has no useful constant (max|weight| / sqrt(eps), several hundred); leave it out", nn.LayerNorm)
+register_reason(
+    "attention multiplies signals by each other, so it is not Lipschitz on all inputs (Kim, Papamakarios, Mnih 2021); smoothing does without",
+    nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer,
+)  # fmt: skip
+register_reason(
+    "multiplies two signals (a gate), which is not Lipschitz on all inputs; smoothing does without",
+    nn.GLU,
+    nn.Bilinear,
+    nn.LSTM,
+    nn.GRU,
+    nn.LSTMCell,
+    nn.GRUCell,
+)
+register_reason("has a jump, so no Lipschitz constant exists; use Softshrink or ReLU", nn.Hardshrink, nn.Threshold)
+register_reason("divides by powers of sums over channels, for which no rule is known; leave it out", nn.LocalResponseNorm)
