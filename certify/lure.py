@@ -486,6 +486,7 @@ def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
 @lowers(nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Identity)
 @lowers(nn.PixelUnshuffle, nn.PixelShuffle, nn.ChannelShuffle, nn.Upsample, nn.UpsamplingNearest2d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d)
 @lowers(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d)
+@lowers(lipnet.ReverseChannels, lipnet.ChannelsLast)
 def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """A rearrangement, entries perhaps repeated."""
     numbered = module(torch.arange(math.prod(x.shape), dtype=torch.float64).reshape(1, *x.shape))

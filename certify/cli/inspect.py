@@ -23,6 +23,8 @@ _LIPSDP = 3e4  # operations of its solver over the cube of its signals: 2.1e4 to
 _LOWRANK = 100  # ... of that of the relaxation over the cube of its constraints: 70 to 145 at 40 and 60 neurons
 EPILOG = "example:\n  certify inspect runs/demo/sandwich.safetensors"
 
+_OPENED = {"trusted": "the file was trusted, and ran code when it was loaded"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL."""
@@ -43,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"model   {model.spec}   {model.parameters:,} parameters   sha256 {model.sha256[:12]}")
     extent = f", in [{model.input_range[0]:g}, {model.input_range[1]:g}]" if model.input_range else ""
     console.print(f"input   {'x'.join(map(str, model.input_shape)) if model.input_shape else 'shape not stored'}{extent}")
+    for name, value in model.opened.items():
+        if said := _OPENED.get(name) or (", ".join(map(str, value)) if isinstance(value, list) else str(value)):
+            console.print(f"{name.replace('_', ' ')}: {said}", markup=False)
     for name, kind, detail in about["layers"]:
         console.print(f"  {name:<12} {kind}({detail})", markup=False)
     if about["operators"]:
@@ -93,6 +98,7 @@ def _about(model: Model) -> dict[str, Any]:
         "input_shape": model.input_shape,
         "input_range": model.input_range,
         "classes": model.classes,
+        "opened": dict(model.opened),
         "layers": [(path, type(module).__name__, module.extra_repr()) for path, module in leaves(model.net)],
         "seen_by": seen_by,
         "operators": operators,
