@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 HELP = "Show the layers of a model, its input, and which certifiers apply."
 _COPIES = 100_000  # of an input, as the published tables of smoothing have
+_UNDECIDED = 1000  # gates of a ball whose cost is predicted
 _LIPSDP = 3e4  # operations of its solver over the cube of its signals: 2.1e4 to 3.6e4 on chains of 89 and 217 signals
 _LOWRANK = 100  # ... of that of the relaxation over the cube of its constraints: 70 to 145 at 40 and 60 neurons
 EPILOG = "example:\n  certify inspect runs/demo/sandwich.safetensors"
@@ -71,6 +73,9 @@ def _cost_text(method: str, verdict: Mapping[str, Any]) -> str:
         which = {"lipsdp": "a matrix inequality of", "lowrank": "in a large ball"}[method]
         size = f"{which} {verdict['signals']:,} signals, about {verdict['mebibytes']:,} MiB"
         parts.append(f"{size} and {duration_text(verdict['seconds'])}{' for each radius that is tried' if method == 'lowrank' else ''}")
+    if "gates" in verdict:
+        cost = f"about {verdict['mebibytes']:,} MiB and {duration_text(verdict['seconds'])}"
+        parts.append(f"{verdict['gates']:,} gates, and a ball that leaves {verdict['undecided']:,} of them undecided takes {cost}")
     if "copies_per_second" in verdict:
         rate = f"about {float(format(verdict['copies_per_second'], '.2g')):,.0f} noisy copies per second here"
         parts.append(f"{rate}, so {duration_text(verdict['seconds'])} for an input at {_COPIES:,} copies")
@@ -85,6 +90,11 @@ def duration_text(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"about {float(format(seconds / size, '.1g')):,.0f} {unit}"
     return f"about {float(format(seconds, '.1g')):,.0f} s"
+
+
+def certifiers(model: Model) -> dict[str, Any]:
+    """By method: whether it applies, every node that stands in its way, and what it would cost."""
+    return {**_of_graph(model)[2], "smoothing": _smoothing(model)}
 
 
 def _about(model: Model) -> dict[str, Any]:
@@ -117,10 +127,11 @@ def _of_graph(model: Model) -> tuple[list[tuple[str, str, Sequence[int]]], str, 
         graph = Graph.of(model.net, model.shape)
     except Unsupported as error:
         refused = _verdict(error)
-        return [], "", {"margin": refused, "lipsdp": refused, "lowrank": refused}
+        return [], "", dict.fromkeys(("margin", "lipsdp", "frequency", "local", "lowrank"), refused)
     with torch.no_grad():
         margin = _margin(graph)
-        certifiers = {"margin": margin, "lipsdp": _lipsdp(graph) if margin["applies"] else margin, "lowrank": _lowrank(graph)}
+        of_layers = {"margin": margin, "lipsdp": _lipsdp(graph) if margin["applies"] else margin, "frequency": _frequency(graph)}
+        certifiers = {**of_layers, "local": _local(graph), "lowrank": _lowrank(graph)}
     return _operators(graph), graph.seen_by, certifiers
 
 
@@ -172,6 +183,39 @@ def _lipsdp(graph: Graph) -> dict[str, Any]:
     if signals is None:
         return {**_verdict(None), "signals": None, "mebibytes": None, "seconds": None}
     return {**_verdict(None), "signals": signals, "mebibytes": _mebibytes(memory(signals)), "seconds": _LIPSDP * signals**3 / _flops()}
+
+
+def _frequency(graph: Graph) -> dict[str, Any]:
+    """LipSDP by one program for all frequencies."""
+    from certify.errors import CertifyError
+    from certify.frequency import ConvNet
+
+    try:
+        ConvNet.of(graph).torus()
+    except CertifyError as error:
+        return _verdict(error)
+    return _verdict(None)
+
+
+def _local(graph: Graph) -> dict[str, Any]:
+    """Bounds around one input: what a ball costs that leaves so many gates undecided. A gradient of each, then forms in them for every row of the output."""
+    import torch
+
+    from certify.errors import CertifyError
+    from certify.local.method import program_of
+
+    try:
+        program = program_of(graph)
+    except CertifyError as error:
+        return _verdict(error)
+    gates = sum(math.prod(program.shapes[program.steps[k].inputs[0]]) for k in program.gates)
+    inputs, undecided, rows = math.prod(graph.input_shape), min(gates, _UNDECIDED), max(1, program.outputs - 1)
+    start = time.perf_counter()
+    program.run(torch.zeros(inputs, dtype=torch.float64))
+    run = time.perf_counter() - start
+    seconds = 2 * undecided * run + 2 * rows * (undecided**3 / 3 + 2 * inputs * undecided**2) / _flops()
+    mebibytes = _mebibytes(4 * 8 * (inputs * undecided + undecided**2))
+    return {**_verdict(None), "gates": gates, "undecided": undecided, "mebibytes": mebibytes, "seconds": seconds}
 
 
 def _lowrank(graph: Graph) -> dict[str, Any]:

@@ -1,0 +1,70 @@
+"""`certify audit`: every method in a folder of its own, resumed, refused or left out with its reason, and one report."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+import torch
+from torch import nn
+
+import lipnet
+from certify.cli import Exit, main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("audit") / "net.safetensors"
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)).eval()
+    lipnet.save(net, path, input_shape=(1, 8, 8), input_range=(0.0, 1.0))
+    return str(path)
+
+
+def test_all_that_applies_is_run_and_shown(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a"
+    command = ["audit", model, "digits", "-o", str(out), "--limit", "3", "--budget", "60s", "--sigma", "0.2", "--levels", "16", "--n", "200"]
+    assert main(command) == Exit.DONE
+    shown = capsys.readouterr()
+    assert {path.name for path in out.iterdir()} == {"attack", "margin", "lipsdp", "local", "smoothing", "report.html"}
+    for folder in ("attack", "margin", "lipsdp", "local", "smoothing"):
+        assert folder in shown.out
+        assert len((out / folder / "results.jsonl").read_text().splitlines()) == 3
+    radii = {
+        folder: [json.loads(line)["radius"] for line in (out / folder / "results.jsonl").read_text().splitlines()] for folder in ("margin", "local", "attack")
+    }
+    assert all(a <= b <= c for a, b, c in zip(radii["margin"], radii["local"], radii["attack"], strict=True))
+    for folder in ("margin", "lipsdp", "local", "smoothing", "attack"):
+        assert main(["check", str(out / folder)]) == Exit.DONE
+    assert main(["check", str(out / "local"), "--against", str(out / "attack")]) == Exit.DONE
+    before = (out / "local" / "results.jsonl").read_text()
+    assert main([*command, "--budget", "5s"]) == Exit.DONE  # resumed with another budget: nothing is done again
+    assert (out / "local" / "results.jsonl").read_text() == before
+
+
+def test_an_attack_that_is_closer_than_a_certificate_ends_with_4(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a"
+    command = ["audit", model, "digits", "-o", str(out), "--limit", "2", "--skip", "lipsdp,local"]
+    assert main(command) == Exit.DONE
+    part = next((out / "margin").glob("part-*.jsonl"))
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    part.write_text("".join(json.dumps({**row, "radius": 1e3}) + "\n" for row in rows))
+    assert main(command) == Exit.CONTRADICTION
+    assert "contradiction" in capsys.readouterr().err
+
+
+def test_what_is_left_out_and_what_is_refused(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "a"
+    assert main(["audit", model, "digits", "-o", str(out), "--norm", "inf", "--limit", "2", "--skip", "lipsdp", "--within", "0,1"]) == Exit.DONE
+    err = capsys.readouterr().err
+    assert "margin is left out: its radii are in l2" in err
+    assert "lipsdp is left out: as --skip asks" in err
+    assert {path.name for path in out.iterdir()} == {"attack", "local", "report.html"}
+    assert main(["audit", model, "digits", "-o", str(out), "--skip", "magic"]) == Exit.ERROR
+    assert "--skip knows attack, margin" in capsys.readouterr().err
+    assert main(["audit", model, "digits", "-o", str(out), "--skip", "attack,margin,lipsdp,frequency,local"]) == Exit.ERROR
+    assert "no method applies" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["audit", model, "digits", "-o", str(out), "--budget", "soon"])
+    assert "a time is such as 90s, 10m or 2h" in capsys.readouterr().err
