@@ -463,7 +463,7 @@ def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
 
 
 @lowers(nn.Flatten, nn.Unflatten, nn.Dropout, nn.Dropout2d, nn.Identity, nn.PixelUnshuffle, nn.PixelShuffle)
-@lowers(nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d)
+@lowers(nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d, lipnet.ReverseChannels, lipnet.ChannelsLast)
 def _(self: Lowering, module: nn.Module, x: Wire) -> Wire:
     """A rearrangement, entries perhaps repeated."""
     numbered = module(torch.arange(math.prod(x.shape), dtype=torch.float64).reshape(1, *x.shape))

@@ -19,6 +19,7 @@ from lipnet.layers import Abs as Abs
 from lipnet.layers import BatchCentering as BatchCentering
 from lipnet.layers import BROConv2d as BROConv2d
 from lipnet.layers import BROLinear as BROLinear
+from lipnet.layers import ChannelsLast as ChannelsLast
 from lipnet.layers import ContractionConv2d as ContractionConv2d
 from lipnet.layers import ContractionLinear as ContractionLinear
 from lipnet.layers import CPLConv2d as CPLConv2d
@@ -37,6 +38,7 @@ from lipnet.layers import MaxMin as MaxMin
 from lipnet.layers import NActivation as NActivation
 from lipnet.layers import Normalize as Normalize
 from lipnet.layers import PadChannels as PadChannels
+from lipnet.layers import ReverseChannels as ReverseChannels
 from lipnet.layers import SandwichConv2d as SandwichConv2d
 from lipnet.layers import SandwichLinear as SandwichLinear
 from lipnet.layers import Scale as Scale

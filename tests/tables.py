@@ -115,6 +115,8 @@ LAYERS = [
     Row("layer-centering", lambda: lipnet.LayerCentering2d(3), (3, 4, 5), 1.0),
     Row("pad-channels", lambda: lipnet.PadChannels(3, 5), (3, 2, 2), 1.0),
     Row("pad-channels-fewer", lambda: lipnet.PadChannels(5, 3), (5,), 1.0),
+    Row("reverse-channels", lipnet.ReverseChannels, (3, 2, 4), 1.0),
+    Row("channels-last", lipnet.ChannelsLast, (3, 2, 4), 1.0),
     Row("unit-rows", lambda: lipnet.UnitRowLinear(9, 5), (9,), _unit_rows_norm(), broken="weight"),
     Row("linear", _plain_linear, (2,), 3 * 5**0.5),
 ]

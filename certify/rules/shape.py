@@ -42,3 +42,9 @@ def _(layer: lipnet.PadChannels, shape: Shape) -> Bound:
     """Zeros add nothing to a norm, and a part has no larger one."""
     same_channels(layer.in_channels, shape, "PadChannels")
     return Bound(1.0, "channels of zeros" if layer.out_channels >= layer.in_channels else "some of the channels")
+
+
+@register(lipnet.ReverseChannels, lipnet.ChannelsLast)
+def _(layer: lipnet.ReverseChannels | lipnet.ChannelsLast, shape: Shape) -> Bound:
+    """A rearrangement of each input."""
+    return Bound(1.0, "channels in another order or place: a rearrangement")

@@ -10,7 +10,7 @@ from lipnet.layers.liresnet import LiResConv2d
 from lipnet.layers.orthogonal import ContractionConv2d, ContractionLinear
 from lipnet.layers.pooling import L2Pool2d, ScaledAvgPool2d
 from lipnet.layers.sandwich import SandwichConv2d, SandwichLinear
-from lipnet.layers.shape import BatchCentering, LayerCentering2d, Normalize, PadChannels, Scale
+from lipnet.layers.shape import BatchCentering, ChannelsLast, LayerCentering2d, Normalize, PadChannels, ReverseChannels, Scale
 from lipnet.layers.sll import CPLConv2d, CPLLinear, SLLConv2d, SLLLinear
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "BatchCentering",
     "CPLConv2d",
     "CPLLinear",
+    "ChannelsLast",
     "ContractionConv2d",
     "ContractionLinear",
     "FourierBROConv2d",
@@ -36,6 +37,7 @@ __all__ = [
     "NActivation",
     "Normalize",
     "PadChannels",
+    "ReverseChannels",
     "SLLConv2d",
     "SLLLinear",
     "SandwichConv2d",

@@ -1,4 +1,4 @@
-"""Affine maps of one number or one number per channel (scale, input normalisation, centring), and channels of zeros."""
+"""Affine maps of one number or one number per channel (scale, input normalisation, centring), channels of zeros, and channels in another order or place."""
 
 from __future__ import annotations
 
@@ -127,6 +127,20 @@ class PadChannels(Layer):
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}"
+
+
+class ReverseChannels(Layer):
+    """The channels (dim 1) in the other order, RGB to BGR: keeps every norm. Shapes: (batch, channels, ...) -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+
+class ChannelsLast(Layer):
+    """Images for a network that takes their channels last: keeps every norm. Shapes: (batch, channels, height, width) -> (batch, height, width, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
 
 
 class _Shift(nn.Module):
