@@ -144,7 +144,7 @@ def test_convolutional_architectures_take_their_sizes_from_the_file(tmp_path):
         assert model.shape == (1, 28, 28)
         x = torch.randn(2, 1, 28, 28)
         assert torch.equal(model.net(x), net(x))
-    residual = ARCHITECTURES["resnet2b"]({})
+    residual = ARCHITECTURES["resnet2b"].make({})
     torch.save({"state_dict": residual.state_dict()}, tmp_path / "res.pth")
     model = models.load(str(tmp_path / "res.pth"), arch="resnet2b")
     assert model.shape == (3, 32, 32)

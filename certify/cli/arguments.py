@@ -22,17 +22,23 @@ DEFAULT_RADII = ("36/255", "72/255", "108/255")
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL, and what a model may need to be told."""
     parser.add_argument(
-        "model", metavar="MODEL", help="net.safetensors, net.onnx, net.pth with --arch, pkg.module:factory or ./file.py:factory (run that code)"
+        "model",
+        metavar="MODEL",
+        help="net.safetensors, net.onnx, net.pth with --arch, rnet, efficientnet-lite0, pkg.module:factory or ./file.py:factory (run that code)",
     )
     add_opening(parser)
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """--input-shape, --arch, --mean and --std."""
-    parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="the shape of one input, for a model that does not carry it")
+    """What a model may need to be told: its architecture, whether its file may run code, and what is done to an input before the network sees it."""
+    parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="the shape of one input of the data, for a model that does not carry it")
     parser.add_argument("--arch", metavar="NAME", help="of a file of weights: mlp, cnn_a, conv_small, ... (docs/cli.md), or pkg.module:factory (runs code)")
-    parser.add_argument("--mean", type=numbers, metavar="M,...", help="subtracted from inputs before the model sees them, one number or one for each channel")
-    parser.add_argument("--std", type=numbers, metavar="S,...", help="what they are divided by then; radii stay in the units of the data")
+    parser.add_argument("--trust-file", action="store_true", help="let the file run code: a whole pickled module, TorchScript or a .pt2 loads no other way")
+    parser.add_argument("--bgr", action="store_true", help="the network takes blue, green, red; the channels are turned round first")
+    parser.add_argument("--input-range", type=numbers, metavar="LO,HI", help="then x in [0, 1] becomes LO + (HI - LO) x, such as 0,255 or -1,1")
+    parser.add_argument("--mean", type=numbers, metavar="M,...", help="subtracted then, one number or one for each channel, in the units of --input-range")
+    parser.add_argument("--std", type=numbers, metavar="S,...", help="what the difference is divided by; radii stay in the units of the data")
+    parser.add_argument("--layout", choices=["nchw", "nhwc"], help="nhwc: the network takes the channels last (the data have them first)")
 
 
 def load_model(args: argparse.Namespace, stored: Mapping[str, Any] | None = None) -> Model:
@@ -46,9 +52,11 @@ def load_model(args: argparse.Namespace, stored: Mapping[str, Any] | None = None
         code = stored.get(kind)
         if getattr(args, name, None) is None and isinstance(code, str) and ":" in code and not os.path.exists(code):
             raise CertifyError(f"the folder names {code}, which would run code; if that is wanted, say so with --{name} {code}")
+    if stored.get("trusted") and not args.trust_file:
+        raise CertifyError(f"the folder is of {stored.get('spec')}, which ran code when it was loaded; if that is wanted again, say so with --trust-file")
     shape_of = args.input_shape or (tuple(stored["input_shape"]) if "input_shape" in stored else None)
-    opening = {name: getattr(args, name, None) or stored.get(name) for name in ("arch", "mean", "std")}
-    model = models.load(getattr(args, "model", None) or stored["spec"], shape_of, **opening)
+    opening = {name: getattr(args, name, None) or stored.get(name) for name in ("arch", "mean", "std", "input_range", "layout", "bgr")}
+    model = models.load(getattr(args, "model", None) or stored["spec"], shape_of, trust_file=args.trust_file, **opening)
     for sentence in model.notes:
         note(sentence)
     return model

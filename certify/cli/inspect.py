@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 HELP = "Show the layers of a model, its input, and which certifiers apply."
 EPILOG = "example:\n  certify inspect runs/demo/sandwich.safetensors"
 
+_OPENED = {"trusted": "the file was trusted, and ran code when it was loaded"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL."""
@@ -37,6 +39,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"model   {model.spec}   {model.parameters:,} parameters   sha256 {model.sha256[:12]}")
     extent = f", in [{model.input_range[0]:g}, {model.input_range[1]:g}]" if model.input_range else ""
     console.print(f"input   {'x'.join(map(str, model.input_shape)) if model.input_shape else 'shape not stored'}{extent}")
+    for name, value in model.opened.items():
+        console.print(f"{name.replace('_', ' ')}: {_OPENED.get(name, value)}", markup=False)
     for name, kind, detail in about["layers"]:
         console.print(f"  {name:<12} {kind}({detail})", markup=False)
     for method, verdict in about["certifiers"].items():
@@ -66,6 +70,7 @@ def _about(model: Model) -> dict[str, Any]:
         "input_shape": model.input_shape,
         "input_range": model.input_range,
         "classes": model.classes,
+        "opened": dict(model.opened),
         "layers": [(path, type(module).__name__, module.extra_repr()) for path, module in leaves(model.net)],
         "certifiers": {**_of_graph(model), "smoothing": _smoothing(model)},
     }

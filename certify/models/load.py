@@ -18,12 +18,19 @@ import lipnet
 from certify.models.architectures import ARCHITECTURES
 from certify.models.architectures import input_shape as guessed_shape
 from certify.models.onnx import from_onnx
+from certify.models.preprocessing import Preprocessing, preprocessing
+from certify.models.pretrained import PRETRAINED, weights_of
+from certify.models.softmax import set_aside
+from certify.models.trusted import run_file, sources
 from certify.models.weights import ModelError as ModelError
-from certify.models.weights import fill, read_state_dict
+from certify.models.weights import NeedsTrust, fill, read_state_dict, unwrapped
 from certify.registry import Shape
 from lipnet.checkpoint import hash_tensors
 
-FORMS = "net.safetensors (written by lipnet.save), net.onnx, net.pth with --arch, pkg.module:factory or ./file.py:factory (runs that code)"
+FORMS = (
+    "net.safetensors (written by lipnet.save), net.onnx, net.pth with --arch, "
+    f"{' or '.join(PRETRAINED)} (from an installed package), pkg.module:factory or ./file.py:factory (runs that code)"
+)
 _WEIGHTS = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pt2", ".model")
 
 
@@ -37,7 +44,7 @@ class Model:
     input_shape: Shape | None  # of one input, without the batch
     input_range: tuple[float, float] | None = None
     classes: tuple[str, ...] | None = None
-    opened: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # how: architecture, mean and std, where the tensors were in the file
+    opened: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # how: architecture, preprocessing, where the tensors were in the file, ...
     notes: tuple[str, ...] = ()  # sentences for whoever loads it; unlike `opened`, no part of what it is
 
     @property
@@ -58,35 +65,67 @@ def load(
     input_shape: Shape | None = None,
     *,
     arch: str | None = None,
+    trust_file: bool = False,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    input_range: Sequence[float] | None = None,
+    layout: str | None = None,
+    bgr: bool | None = None,
 ) -> Model:
-    """The model of a spec. `input_shape` is for models that do not carry their own.
+    """The model of a spec. `input_shape`, as the data have it, is for models that do not carry their own.
 
     `arch` says which network the tensors of a state dict belong to: a name of `certify.models.architectures`, or a factory as in a spec (which runs that code).
-    `mean` and `std`, one number or one for each channel, become the first layer of the network, so that radii stay in the units of the data.
+    `trust_file` opens a file whose loading runs code: a whole pickled module, TorchScript, an exported program.
+    `mean` and `std`, one number or one for each channel, `input_range`, `layout` ("nchw" or "nhwc") and `bgr` become the first layers of the network
+    (`certify.models.preprocessing`), so that radii stay in the units of the data. A last Softmax, LogSoftmax or Sigmoid is set aside, with a note.
     Raises ModelError or lipnet.CheckpointError with one sentence.
     """
-    if not isinstance(arch, str | None) or not all(isinstance(number, int | float) for number in (*(mean or ()), *(std or ()))):
-        raise ModelError(f"{spec}: an architecture is a name, mean and std are numbers, got {arch!r}, {mean!r} and {std!r}")
-    model = _load(spec, input_shape, arch)
-    if mean is None and std is None:
+    if not isinstance(arch, str | None):
+        raise ModelError(f"{spec}: an architecture is a name, got {arch!r}")
+    before = preprocessing(mean, std, input_range, layout, bgr)
+    if before.layout == "nhwc" and input_shape is not None:
+        input_shape = before.of_network(input_shape)
+    model = _without_last(_load(spec, input_shape, arch, trust_file, guess=before.layout == "nchw"))
+    known = ARCHITECTURES.get(str(model.opened.get("arch")))
+    if known is not None and known.preprocessing is not None and before == Preprocessing():
+        before = known.preprocessing
+        note = f"{spec}: its inputs are preprocessed as {model.opened['arch']} was trained, {before.said}; options such as --mean replace that"
+        model = dataclasses.replace(model, notes=(*model.notes, note))
+    return _behind(before, model)
+
+
+def _behind(before: Preprocessing, model: Model) -> Model:
+    """The network with what comes before it as its first layers."""
+    dtype = next((tensor.dtype for tensor in model.net.state_dict().values() if tensor.is_floating_point()), torch.float32)
+    layers = before.layers(dtype)
+    if not layers:
         return model
-    channels = max(len(mean or ()), len(std or ()))
-    before = lipnet.Normalize(_repeated(mean or [0.0], channels), _repeated(std or [1.0], channels))
-    before = before.to(next((tensor.dtype for tensor in model.net.state_dict().values() if tensor.is_floating_point()), torch.float32))
-    opened = {**model.opened, "mean": list(before.mean), "std": list(before.std)}
-    return dataclasses.replace(model, net=nn.Sequential(before, model.net).eval(), opened=opened)
+    shape = before.of_data(model.input_shape)
+    if before.bgr and shape is not None and (len(shape) != 3 or shape[0] != 3):
+        raise ModelError(f"{model.spec}: --bgr is for images of three channels, and inputs here have the shape {shape}")
+    net = nn.Sequential(*layers, model.net).eval()
+    extent = before.range_of_data(model.input_range)
+    return dataclasses.replace(model, net=net, input_shape=shape, input_range=extent, opened={**model.opened, **before.facts()})
 
 
-def _repeated(values: Sequence[float], channels: int) -> list[float]:
-    return list(values) * (channels if len(values) == 1 else 1)
+def _without_last(model: Model) -> Model:
+    """The model up to its logits. What an ONNX file ends in, its importer has seen to."""
+    if model.spec.endswith(".onnx") or model.input_shape is None:
+        return model
+    found = set_aside(model.net, model.input_shape)
+    if found is None:
+        return model
+    net, last = found
+    note = f"{model.spec}: its last step, {last}, is set aside, as it keeps the order of what it is given; outputs, margins and constants are those before it"
+    return dataclasses.replace(model, net=net, opened={**model.opened, "set_aside": last}, notes=(*model.notes, note))
 
 
-def _load(spec: str, input_shape: Shape | None, arch: str | None) -> Model:
+def _load(spec: str, input_shape: Shape | None, arch: str | None, trust: bool, guess: bool) -> Model:
     path = pathlib.Path(spec).expanduser()
+    if spec in PRETRAINED and arch in (None, spec):
+        return dataclasses.replace(_from_weights(spec, weights_of(spec), input_shape, spec, trust=False, guess=guess), classes=PRETRAINED[spec].classes)
     if path.suffix in _WEIGHTS and path.is_file():
-        return _from_weights(spec, path, input_shape, arch)
+        return _from_weights(spec, path, input_shape, arch, trust, guess)
     if arch is not None:
         raise ModelError(f"{spec}: --arch is for a file of weights ({', '.join(_WEIGHTS[:3])}, ...); other models say themselves what they are")
     if ":" in spec and not path.exists():
@@ -105,9 +144,18 @@ def _load(spec: str, input_shape: Shape | None, arch: str | None) -> Model:
     raise ModelError(f"{spec}: {found}; a model is one of {FORMS}")
 
 
-def _from_weights(spec: str, path: pathlib.Path, shape: Shape | None, arch: str | None) -> Model:
-    """A state dict in the architecture that is named."""
-    tensors, where = read_state_dict(path)
+def _from_weights(spec: str, path: pathlib.Path, shape: Shape | None, arch: str | None, trust: bool, guess: bool) -> Model:
+    """A state dict in the architecture that is named; or, of a file that is trusted and only then, the network that its code makes."""
+    ran = {}
+    try:
+        tensors, where = read_state_dict(path)
+    except NeedsTrust as refused:
+        if not trust:
+            raise
+        found, ran = run_file(path, refused), {"trusted": True}
+        if isinstance(found, nn.Module):
+            return _ran(spec, path, found, shape, arch)
+        tensors, where = unwrapped(path, found)
     if arch is None:
         known = ", ".join(ARCHITECTURES)
         some = ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in list(tensors.items())[:4])
@@ -116,12 +164,24 @@ def _from_weights(spec: str, path: pathlib.Path, shape: Shape | None, arch: str 
     if ":" in arch:
         net, source = _from_factory(arch)
     elif arch in ARCHITECTURES:
-        net = ARCHITECTURES[arch](tensors)
+        tensors = dict(ARCHITECTURES[arch].tensors(tensors))
+        net = ARCHITECTURES[arch].make(tensors)
     else:
         raise ModelError(f"--arch {arch}: not known; known are {', '.join(ARCHITECTURES)}, and pkg.module:factory or ./file.py:factory (runs that code)")
     net = fill(net, tensors, f"--arch {arch}")
     digest = hashlib.sha256(path.read_bytes() + source).hexdigest()
-    return Model(spec, net, digest, shape or guessed_shape(net), opened={"arch": arch, "tensors": where})
+    if shape is None and guess:
+        shape = ARCHITECTURES[arch].input_shape if arch in ARCHITECTURES else None
+        shape = shape or guessed_shape(net)
+    return Model(spec, net, digest, shape, opened={"arch": arch, "tensors": where, **ran})
+
+
+def _ran(spec: str, path: pathlib.Path, net: nn.Module, shape: Shape | None, arch: str | None) -> Model:
+    """The network that a file holds as a whole. The files of its classes say what its numbers do, so they are part of what it is."""
+    if arch is not None:
+        raise ModelError(f"{spec}: it holds a whole network, which says itself what it is; leave out --arch {arch}")
+    digest = hashlib.sha256(path.read_bytes() + sources(net)).hexdigest()
+    return Model(spec, net, digest, shape, opened={"trusted": True})
 
 
 def _from_factory(spec: str) -> tuple[nn.Module, bytes]:

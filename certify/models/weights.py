@@ -1,11 +1,13 @@
-"""State dicts: files of tensors, opened without running any code in them, and put into an architecture that is named."""
+"""State dicts: files of tensors, opened without running any code in them, and put into an architecture that is named. What is no such file is said by name."""
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import re
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,28 +19,46 @@ _LARGEST = 64 * 2**30  # bytes that an archive may unpack to
 _RATIO = 200  # times its own size; weights hardly compress
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "ema", "state_dict_ema", "weights")
 _PREFIX = re.compile(r"^(module|model|_orig_mod|net)\.")
+_DEEPEST = 16  # wrappers inside each other; a list that holds itself has no end
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 _HOW = "save the weights alone, with torch.save(net.state_dict(), ...), and name the architecture with --arch"
+_TRUST = f"{_HOW}, or add --trust-file if you made this file"
 
 
 class ModelError(CertifyError):
     """One sentence: what was asked, what was found, what to do next."""
 
 
+class NeedsTrust(ModelError):
+    """A file whose loading can run code: `kind` is "pickle", "script" or "exported"."""
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
+
+
 def read_state_dict(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
     """The tensors of a file that torch.save wrote, on the CPU, and where in it they were (": ..." or nothing).
 
-    Only tensors and plain containers are read (`weights_only`); a whole module, TorchScript and an exported program are refused, as they run code. Raises
-    ModelError with what the file is, where it is not what its name says.
+    Only tensors and plain containers are read (`weights_only`). A whole module, TorchScript and an exported program run code: `NeedsTrust`. Raises ModelError
+    with what the file is, where it is not what its name says.
     """
     _check_kind(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; those of the unpickler are long and advise to switch the protection off
         if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
-            raise ModelError(f"{path}: it holds a whole pickled module, or other objects, and loading those can run code; {_HOW}") from None
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path}: torch cannot read it ({line}); it may be cut short: fetch it again, or {_HOW}") from None
-    return _unwrapped(path, found)
+            raise NeedsTrust("pickle", f"{path}: it holds a whole pickled module, or other objects, and loading those can run code; {_TRUST}") from None
+        raise ModelError(f"{path}: torch cannot read it ({one_line(error)}); it may be cut short: fetch it again, or {_HOW}") from None
+    return unwrapped(path, found)
+
+
+def one_line(error: Exception) -> str:
+    """The first line of a message, or the kind of error where it has none; characters that would move a cursor are escaped."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if line.isprintable() else repr(line)
 
 
 def check_start(path: pathlib.Path) -> bytes:
@@ -70,27 +90,43 @@ def _check_kind(path: pathlib.Path) -> None:
         )
     if any(name.endswith(("/constants.pkl", "model.json")) or "/code/" in name for name in names):
         kind = "an exported program" if any(name.endswith("model.json") for name in names) else "TorchScript"
-        raise ModelError(f"{path}: it is {kind}, whose loading can run code; {_HOW}")
+        raise NeedsTrust("script" if kind == "TorchScript" else "exported", f"{path}: it is {kind}, whose loading can run code; {_TRUST}")
 
 
-def _unwrapped(path: pathlib.Path, found: Any) -> tuple[dict[str, Tensor], str]:
-    """The innermost mapping of names to tensors, without the prefixes that wrappers put before all of them."""
+def unwrapped(path: pathlib.Path, found: Any) -> tuple[dict[str, Tensor], str]:
+    """The innermost mapping of names to tensors, without the prefixes that wrappers put before all of them. Raises ModelError where there is none."""
     where: list[str] = []
     while not _is_state_dict(found):
         if isinstance(found, Mapping):
             key: str | int | None = next((key for key in _WRAPPERS if key in found), None)
         else:
             key = 0 if isinstance(found, list | tuple) and len(found) == 1 else None
-        if key is None:
-            what = f"a {type(found).__name__} with {', '.join(map(str, list(found)[:5]))}" if isinstance(found, Mapping) else f"a {type(found).__name__}"
+        if key is None or len(where) == _DEEPEST:
+            keys = ", ".join(repr(key)[:40] for key in list(found)[:5] if isinstance(key, str)) if isinstance(found, Mapping) else ""
+            what = f"a {type(found).__name__}{f' with {keys}' if keys else ''}"
             raise ModelError(f"{path}: it holds {what}, in which no state dict is found; {_HOW}")
         where.append(f"[{key!r}]")
         found = found[key]
     tensors = dict(found)
+    _check_tensors(path, tensors)
     while tensors and all(_PREFIX.match(name) for name in tensors) and len({name.partition(".")[0] for name in tensors}) == 1:
         where.append(f"without the prefix {next(iter(tensors)).partition('.')[0]}.")
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     return tensors, " ".join(where)
+
+
+def _check_tensors(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that are no stored numbers: without storage, sparse, quantized, complex, or spread over more entries than the file has bytes for."""
+    for name, tensor in tensors.items():
+        strange = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu"
+        if not name.isprintable() or strange or tensor.dtype not in _DTYPES:
+            kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}{', quantized' if tensor.is_quantized else ''}"
+            raise ModelError(f"{path}: the tensor {name!r:.80} is {kind}; plain tensors of float16 to float64 or of whole numbers can be read; {_HOW}")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ModelError(f"{path}: the tensor {name!r:.80} of sizes {tuple(tensor.shape)} is spread over fewer stored numbers; {_HOW}")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > min(_LARGEST, _RATIO * path.stat().st_size + 2**20):
+        raise ModelError(f"{path}: its {len(tensors)} tensors share storage, and apart they are {size / 2**30:.1f} GiB; no weights are; {_HOW}")
 
 
 def _is_state_dict(found: Any) -> bool:
@@ -107,8 +143,13 @@ def fill(net: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Module:
         parts += [f"the file lacks {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}"] if missing else []
         parts += [f"the architecture has no {', '.join(left[:4])}{', ...' if len(left) > 4 else ''}"] if left else []
         raise ModelError(f"{what}: {'; '.join(parts)}; name the architecture that these weights were trained in")
-    dtype = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-    net = net.to(dtype)
+    other = next((name for name in own if own[name].is_floating_point() != tensors[name].is_floating_point()), None)
+    if other is not None:
+        raise ModelError(
+            f"{what}: {other} is {tensors[other].dtype} in the file, {own[other].dtype} in the architecture; numbers of another kind are not taken"
+        )
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    net = net.to(functools.reduce(torch.promote_types, dtypes, dtypes[0] if dtypes else torch.float32))  # no number loses a digit
     net.load_state_dict(dict(tensors))
     return net.eval()
 
@@ -118,6 +159,3 @@ def _sizes(names: list[str], tensors: Mapping[str, Tensor], own: Mapping[str, Te
         f"{name} is {'x'.join(map(str, tensors[name].shape))} in the file, {'x'.join(map(str, own[name].shape))} in the architecture" for name in names[:2]
     ]
     return ", ".join(shown)
-
-
-Architecture = Callable[[Mapping[str, Tensor]], nn.Module]  # from the tensors, whose sizes it may look at
