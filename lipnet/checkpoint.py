@@ -300,5 +300,6 @@ def _umask() -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, or its type where it has none; what would move a cursor is escaped, as files may put it there."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if line.isprintable() else repr(line)

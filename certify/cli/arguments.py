@@ -31,6 +31,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
     """What a model may need to be told: its architecture, whether its file may run code, and what is done to an input before the network sees it."""
+    parser._negative_number_matcher = re.compile(r"-[\d.][-+\d.,eE]*$")  # so that -1,1 is a value and no option
     parser.add_argument("--input-shape", type=shape, metavar="C,H,W", help="the shape of one input of the data, for a model that does not carry it")
     parser.add_argument("--arch", metavar="NAME", help="of a file of weights: mlp, cnn_a, conv_small, ... (docs/cli.md), or pkg.module:factory (runs code)")
     parser.add_argument("--trust-file", action="store_true", help="let the file run code: a whole pickled module, TorchScript or a .pt2 loads no other way")

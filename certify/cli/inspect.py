@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     extent = f", in [{model.input_range[0]:g}, {model.input_range[1]:g}]" if model.input_range else ""
     console.print(f"input   {'x'.join(map(str, model.input_shape)) if model.input_shape else 'shape not stored'}{extent}")
     for name, value in model.opened.items():
-        console.print(f"{name.replace('_', ' ')}: {_OPENED.get(name, value)}", markup=False)
+        if said := _OPENED.get(name) or (", ".join(map(str, value)) if isinstance(value, list) else str(value)):
+            console.print(f"{name.replace('_', ' ')}: {said}", markup=False)
     for name, kind, detail in about["layers"]:
         console.print(f"  {name:<12} {kind}({detail})", markup=False)
     for method, verdict in about["certifiers"].items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from certify.models.preprocessing import Preprocessing
 from certify.models.weights import ModelError
+from lipnet.checkpoint import first_line
 
 Tensors = Mapping[str, Tensor]
 
@@ -26,12 +27,19 @@ class Architecture:
     preprocessing: Preprocessing | None = None  # that it was trained with, from data in [0, 1]
     tensors: Callable[[Tensors], Tensors] = dict  # those of the network, from those of the file
 
+    def build(self, tensors: Tensors) -> nn.Module:
+        """The network for these tensors. Raises ModelError where there is none."""
+        try:
+            return self.make(tensors)
+        except (RuntimeError, OverflowError) as error:  # sizes that torch does not make a layer of
+            raise ModelError(f"this architecture cannot be built for the tensors of the file ({first_line(error)})") from error
+
 
 def mlp(tensors: Tensors) -> nn.Module:
     """Flatten, then dense layers with ReLU between: ERAN's and others' MNIST networks."""
     sizes = [tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("weight")]
     if any(len(size) != 2 for size in sizes) or any(a[0] != b[1] for a, b in itertools.pairwise(sizes)) or not sizes:
-        raise ModelError("--arch mlp is for dense layers that follow each other, the file has weights of the sizes " + ", ".join(map(str, sizes)))
+        raise ModelError("--arch mlp is for dense layers that follow each other, the file has weights of the sizes " + ", ".join(map(str, sizes[:4])))
     layers = [layer for out, into in sizes for layer in (nn.Linear(into, out), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *layers[:-1])
 
@@ -40,8 +48,8 @@ def _strided(padding: int, activation: type[nn.Module]) -> Callable[[Tensors], n
     def make(tensors: Tensors) -> nn.Module:
         kernels = [tensor.shape for name, tensor in tensors.items() if name.endswith("weight") and tensor.dim() == 4]
         dense = [tensor.shape for name, tensor in tensors.items() if name.endswith("weight") and tensor.dim() == 2]
-        if not kernels or not dense:
-            raise ModelError("this architecture has convolutions and dense layers, the file has not")
+        if not kernels or not dense or any(high != wide for *_, high, wide in kernels):
+            raise ModelError("this architecture has convolutions with square kernels and dense layers, the file has not")
         layers: list[nn.Module] = []
         for out, into, taps, _ in kernels:
             layers += [nn.Conv2d(into, out, taps, stride=2, padding=padding), activation()]

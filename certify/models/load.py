@@ -165,7 +165,7 @@ def _from_weights(spec: str, path: pathlib.Path, shape: Shape | None, arch: str 
         net, source = _from_factory(arch)
     elif arch in ARCHITECTURES:
         tensors = dict(ARCHITECTURES[arch].tensors(tensors))
-        net = ARCHITECTURES[arch].make(tensors)
+        net = ARCHITECTURES[arch].build(tensors)
     else:
         raise ModelError(f"--arch {arch}: not known; known are {', '.join(ARCHITECTURES)}, and pkg.module:factory or ./file.py:factory (runs that code)")
     net = fill(net, tensors, f"--arch {arch}")

@@ -51,27 +51,23 @@ def _same(net: nn.Module, inner: nn.Module, last: _Last, shape: Shape) -> bool:
 
 def _without(net: nn.Module) -> tuple[nn.Module, _Last, str] | None:
     """The network, changed in place or traced, without the last step of its forward; that step; and its name."""
-    if type(net) in _MODULES:
-        return (nn.Identity(), net, type(net).__name__) if getattr(net, "dim", 1) in (None, 1, -1) and not _is_watched(net) else None
+    if _is_last(net):
+        return nn.Identity(), net, type(net).__name__
     if isinstance(net, torch.jit.ScriptModule) or _is_watched(net):
         return None
     trace = _Shallow().trace(net)
     last = trace.output_node().args[0]
-    if not isinstance(last, torch.fx.Node) or len(last.users) != 1 or trace.output_node().kwargs:
+    if not isinstance(last, torch.fx.Node) or len(last.users) != 1 or not last.args or not isinstance(last.args[0], torch.fx.Node):
         return None
     if last.op == "call_module":
         return _without_module(net, trace, last)
     kind = _CALLED.get(last.target) if last.op in ("call_function", "call_method") else None
     step = None if kind is None else _step(kind, last)
-    if step is None:
-        return None
-    trace.output_node().args = (last.args[0],)
-    trace.erase_node(last)
-    return torch.fx.GraphModule(net, trace), step, str(kind)
+    return None if kind is None or step is None else (_up_to(net, trace, last), step, kind)
 
 
 def _without_module(net: nn.Module, trace: torch.fx.Graph, last: torch.fx.Node) -> tuple[nn.Module, _Last, str] | None:
-    """... where the last step is in a module of it, which is called once and has one name."""
+    """... where the last step is a module of it, or in a module of it, which is called once and has one name."""
     path = str(last.target)
     module = net.get_submodule(path)
     names = sum(part is module for _, part in net.named_modules(remove_duplicate=False))
@@ -79,18 +75,35 @@ def _without_module(net: nn.Module, trace: torch.fx.Graph, last: torch.fx.Node) 
     found = _without(module) if (names, calls, len(last.args), len(last.kwargs)) == (1, 1, 1, 0) else None
     if found is None:
         return None
-    net.set_submodule(path, found[0])
+    if not _is_last(module):
+        net.set_submodule(path, found[0])
+    elif type(net) is nn.Sequential:
+        delattr(net, path)
+    else:
+        net = _up_to(net, trace, last)
     return net, found[1], found[2]
+
+
+def _up_to(net: nn.Module, trace: torch.fx.Graph, last: torch.fx.Node) -> nn.Module:
+    """The forward as it was traced, to the input of its last node: a linear layer before it is then the last, whose rows bound the margins."""
+    trace.output_node().args = (last.args[0],)
+    trace.erase_node(last)
+    return torch.fx.GraphModule(net, trace)
+
+
+def _is_last(module: nn.Module) -> bool:
+    return type(module) in _MODULES and getattr(module, "dim", 1) in (None, 1, -1) and not _is_watched(module)
 
 
 def _step(kind: str, node: torch.fx.Node) -> _Last | None:
     """The call as a function of its input, where it is over the classes and has no other options."""
-    if len(node.args) + len(node.kwargs) > (1 if kind == "sigmoid" else 2) or not node.args or not isinstance(node.args[0], torch.fx.Node):
+    options = {name: value for name, value in node.kwargs.items() if name != "_stacklevel" and value is not None}  # as torch.nn.functional passes them on
+    given = [*node.args[1:], *options.values()]
+    if not options.keys() <= {"dim"}:
         return None
     if kind == "sigmoid":
-        return torch.sigmoid
-    dim = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
-    return (lambda x: getattr(torch, kind)(x, dim=1)) if dim in (1, -1) else None
+        return None if given else torch.sigmoid
+    return (lambda x: getattr(torch, kind)(x, dim=1)) if given in ([1], [-1]) else None
 
 
 def _is_watched(module: nn.Module) -> bool:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import Problem, Unsupported
-from certify.models.weights import ModelError, NeedsTrust, one_line
+from certify.models.weights import ModelError, NeedsTrust
 from certify.registry import Shape, register_name
+from lipnet.checkpoint import first_line
 
 
 def run_file(path: pathlib.Path, refused: NeedsTrust) -> Any:
@@ -25,7 +26,7 @@ def run_file(path: pathlib.Path, refused: NeedsTrust) -> Any:
             found = _OPEN[refused.kind](path)
             return found.cpu().eval() if isinstance(found, nn.Module) else found
     except Exception as error:  # whatever the code of the file raises
-        raise ModelError(f"{path}: it is trusted, and running it failed ({type(error).__name__}: {one_line(error)}); is what it needs installed?") from error
+        raise ModelError(f"{path}: it is trusted, and running it failed ({type(error).__name__}: {first_line(error)}); is what it needs installed?") from error
 
 
 class Program(nn.Module):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from certify.errors import CertifyError
+from lipnet.checkpoint import first_line
 
 _LARGEST = 64 * 2**30  # bytes that an archive may unpack to
 _RATIO = 200  # times its own size; weights hardly compress
@@ -51,14 +52,8 @@ def read_state_dict(path: pathlib.Path) -> tuple[dict[str, Tensor], str]:
     except Exception as error:  # of many kinds; those of the unpickler are long and advise to switch the protection off
         if "weights_only" in str(error).lower() or "WeightsUnpickler" in str(error):
             raise NeedsTrust("pickle", f"{path}: it holds a whole pickled module, or other objects, and loading those can run code; {_TRUST}") from None
-        raise ModelError(f"{path}: torch cannot read it ({one_line(error)}); it may be cut short: fetch it again, or {_HOW}") from None
+        raise ModelError(f"{path}: torch cannot read it ({first_line(error)}); it may be cut short: fetch it again, or {_HOW}") from None
     return unwrapped(path, found)
-
-
-def one_line(error: Exception) -> str:
-    """The first line of a message, or the kind of error where it has none; characters that would move a cursor are escaped."""
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line if line.isprintable() else repr(line)
 
 
 def check_start(path: pathlib.Path) -> bytes:
@@ -82,7 +77,7 @@ def _check_kind(path: pathlib.Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names, unpacked = archive.namelist(), sum(entry.file_size for entry in archive.infolist())
-    except zipfile.BadZipFile:
+    except Exception:  # of many kinds: BadZipFile, names that are no text, versions that are not known
         raise ModelError(f"{path}: the archive is cut short or damaged; fetch it again") from None
     if unpacked > min(_LARGEST, _RATIO * path.stat().st_size + 2**20):
         raise ModelError(
@@ -119,7 +114,9 @@ def _check_tensors(path: pathlib.Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse tensors that are no stored numbers: without storage, sparse, quantized, complex, or spread over more entries than the file has bytes for."""
     for name, tensor in tensors.items():
         strange = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu"
-        if not name.isprintable() or strange or tensor.dtype not in _DTYPES:
+        if not name.isprintable():
+            raise ModelError(f"{path}: it has a tensor by the name {name!r:.80}, which is no text; {_HOW}")
+        if strange or tensor.dtype not in _DTYPES:
             kind = f"{tensor.dtype} on {tensor.device}, {tensor.layout}{', quantized' if tensor.is_quantized else ''}"
             raise ModelError(f"{path}: the tensor {name!r:.80} is {kind}; plain tensors of float16 to float64 or of whole numbers can be read; {_HOW}")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
