@@ -521,6 +521,12 @@ def test_what_has_no_end_is_no_state_dict(tmp_path):
     for name, pickled in pickles.items():
         with pytest.raises(ModelError, match="no state dict is found"):
             models.load(str(raw(tmp_path / f"{name}.pth", pickled)), arch="mlp")
+    pairs = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(64))  # a pair of a pair of ..., as a key
+    bomb = b"\x80\x02})" + pairs + b"K\x01s."
+    (tmp_path / "old.pth").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}." + bomb)
+    for path in (raw(tmp_path / "pairs.pth", bomb), tmp_path / "old.pth"):
+        with pytest.raises(ModelError, match="vast when they are written out"):
+            models.load(str(path), arch="mlp")
     one = torch.randn(256, 256)
     torch.save({f"{i}.weight": one for i in range(20_000)}, tmp_path / "net.pth")
     with pytest.raises(ModelError, match="share storage"):
