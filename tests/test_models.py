@@ -151,24 +151,44 @@ def test_convolutional_architectures_take_their_sizes_from_the_file(tmp_path):
     assert largest_slope(model.net, (3, 32, 32), points=2) <= certify.lipschitz(model.net, input_shape=model.shape).value
 
 
+IMAGENET, CIFAR = [0.485, 0.456, 0.406], [0.4914, 0.4822, 0.4465]
 PUBLISHED = {
     "mnist_2_20.pth": ("mlp", None, None, 0.84), "mnist_6_100_nat.pth": ("mlp", None, None, 0.94), "mnist_cnn_a_adv.model": ("cnn_a", None, None, 0.95),
     "mnist_conv_small_nat.pth": ("conv_small", [0.1307], [0.3081], 0.95),
+    "cifar_base.pth": ("cnn_a", IMAGENET, [0.225], 0.60), "cifar_wide.pth": ("cnn_a", IMAGENET, [0.225], 0.62),
+    "cifar_cnn_a_adv.model": ("cnn_a", CIFAR, [0.2023, 0.1994, 0.201], 0.69), "cifar_cnn_a_mix.model": ("cnn_a", CIFAR, [0.2023, 0.1994, 0.201], 0.76),
+    "cifar_conv_small_pgd.pth": ("conv_small", CIFAR, [0.2023, 0.1994, 0.201], 0.62), "cifar_marabou_small.pth": ("conv_small", None, None, 0.62),
+    "cifar_conv_small_sigmoid.pth": ("conv_small_sigmoid", CIFAR, [0.2023, 0.1994, 0.201], 0.65),
+    "resnet2b.pth": ("resnet2b", CIFAR, [0.2471, 0.2435, 0.2616], 0.69),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks_are_as_accurate_as_published(name):
-    """With LIPNET_DATA, a folder with models/ (the weights) and mnist/."""
+    """With LIPNET_DATA, a folder with models/ (the weights), mnist/ and cifar10/."""
     folder = pathlib.Path(os.environ.get("LIPNET_DATA", ""))
     if "LIPNET_DATA" not in os.environ or not (folder / "models" / name).is_file():
         pytest.skip("LIPNET_DATA names no folder with the published weights in models/")
     arch, mean, std, least = PUBLISHED[name]
     model = models.load(str(folder / "models" / name), arch=arch, mean=mean, std=std)
-    data = certify.data.load(f"mnist:{folder / 'mnist'}", model.shape)
+    if name.startswith("mnist"):
+        data = certify.data.load(f"mnist:{folder / 'mnist'}", model.shape)
+        inputs, labels = data.inputs[:2000], data.labels[:2000]
+    else:
+        arrays = np.load(folder / "cifar10" / "cifar_exact_subset.npz")
+        inputs, labels = arrays["x_test"].transpose(0, 3, 1, 2) / np.float32(255), arrays["y_test"]
+    assert model.shape == inputs.shape[1:]
     with torch.no_grad():
-        found = model.net(torch.from_numpy(data.inputs[:2000]).to(next(model.net.parameters()).dtype)).argmax(1).numpy()
-    assert np.mean(found == data.labels[:2000]) > least
+        found = model.net(torch.from_numpy(inputs).to(next(model.net.parameters()).dtype)).argmax(1).numpy()
+    assert np.mean(found == labels) > least
+
+
+def test_a_shape_is_guessed_only_where_the_network_takes_one_size(tmp_path):
+    file = tmp_path / "factory.py"
+    file.write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))\n")
+    torch.save(models.load(f"{file}:make").net.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(ModelError, match="pass --input-shape"):
+        _ = models.load(str(tmp_path / "net.pth"), arch=f"{file}:make").shape
 
 
 def test_older_files_of_torch_are_read_too(mlp, tmp_path):
