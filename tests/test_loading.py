@@ -426,6 +426,8 @@ def test_rnet_is_found_in_its_package_and_is_the_published_network(tmp_path, mon
     assert torch.equal(same.net(x), model.net(x))
     plain = models.load(str(file), arch="rnet", mean=[0.0])
     assert torch.allclose(plain.net(x), published(x), atol=1e-6)
+    turned = models.load("rnet", bgr=True)
+    assert torch.equal(turned.net(x.flip(1)), model.net(x))
     assert "facenet_pytorch" not in sys.modules
     np.savez(tmp_path / "data.npz", x=x.numpy(), y=np.arange(5) % 2)
     smoothing = ["--method", "smoothing", "--sigma", "0.1", "--n", "200"]
@@ -524,6 +526,8 @@ def test_what_has_no_end_is_no_state_dict(tmp_path):
     pairs = b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + b"\x86" for i in range(64))  # a pair of a pair of ..., as a key
     bomb = b"\x80\x02})" + pairs + b"K\x01s."
     (tmp_path / "old.pth").write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}." + bomb)
+    with zipfile.ZipFile(tmp_path / "old.pth", "a") as archive:  # torch looks at the start of the file alone
+        archive.writestr("archive/data.pkl", b"\x80\x02}.")
     for path in (raw(tmp_path / "pairs.pth", bomb), tmp_path / "old.pth"):
         with pytest.raises(ModelError, match="vast when they are written out"):
             models.load(str(path), arch="mlp")

@@ -87,9 +87,9 @@ def load(
         input_shape = before.of_network(input_shape)
     model = _without_last(_load(spec, input_shape, arch, trust_file, guess=before.layout == "nchw"))
     known = ARCHITECTURES.get(str(model.opened.get("arch")))
-    if known is not None and known.preprocessing is not None and before == Preprocessing():
-        before = known.preprocessing
-        note = f"{spec}: its inputs are preprocessed as {model.opened['arch']} was trained, {before.said}; options such as --mean replace that"
+    if known is not None and known.preprocessing is not None and before.mean is None and before.input_range is None:
+        before = dataclasses.replace(known.preprocessing, layout=before.layout, bgr=before.bgr)
+        note = f"{spec}: its inputs are preprocessed as {model.opened['arch']} was trained, {before.said}; --mean, --std and --input-range replace that"
         model = dataclasses.replace(model, notes=(*model.notes, note))
     return _behind(before, model)
 

@@ -17,12 +17,12 @@ def has_bomb(path: pathlib.Path) -> bool:
 
     As the key of a dictionary it would be hashed entry by entry, for years, and no signal stops that. A file that cannot be read has none: torch says why.
     """
-    with contextlib.suppress(Exception):  # of many kinds, for all that a file may hold in place of a pickle
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return any(_vast(archive.open(name)) for name in archive.namelist() if name.endswith("data.pkl"))
-        with path.open("rb") as file:
+    with contextlib.suppress(Exception), path.open("rb") as file:  # of many kinds, for all that a file may hold in place of a pickle
+        if file.read(4) != b"PK\3\4":  # by which torch tells archives from its older format
+            file.seek(0)
             return any(_vast(file) for _ in range(_LEGACY))
+        with zipfile.ZipFile(file) as archive:
+            return any(_vast(archive.open(name)) for name in archive.namelist() if name.endswith("data.pkl"))
     return False
 
 
