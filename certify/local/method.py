@@ -16,6 +16,7 @@ from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
 from certify.local.clarke import Jacobian, bound_jacobian
 from certify.local.condense import condense
+from certify.local.lipsdp import refined
 from certify.local.program import Program
 from certify.local.region import Region
 from certify.methods import Layerwise, LipschitzMethod
@@ -24,6 +25,7 @@ from certify.spectral import largest_singular_value
 from sdp.proof import gamma
 
 _programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary()
+_FEW = 200  # undecided gates, for which LipSDP takes about a second
 DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
 
 
@@ -34,16 +36,21 @@ class Local(LipschitzMethod):
     `norm` is that of the inputs, and by default that of the Ball (l-infinity on a Box): from l2 to l2, from l1 to l2, and from l-infinity to l-infinity. The
     ranges of all gates come from linear relaxations (CROWN), and everything is computed among the gates that these leave undecided. `pairs` bounds the
     difference of any two outputs on its own. In float64, with the rounding of every step added; from l2 to l2 never above the product of the layers, where that
-    is known. `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError where that is not enough.
+    is known. `how` is "crown", "sdp" (from l2 alone: LipSDP among the undecided gates, much smaller, and seconds from 300 of them on), or "auto": the smaller of
+    the two from l2 where at most 200 gates are undecided, otherwise "crown". `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError
+    where that is not enough.
     """
 
     norm: float | None = None
     pairs: bool = True
+    how: str = "auto"
     memory: float = 4.0
 
     def __post_init__(self) -> None:
         if self.norm not in (None, 1, 2, math.inf):
             raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
+        if self.how not in ("auto", "crown", "sdp"):
+            raise CertifyError(f"how is 'auto', 'crown' or 'sdp', got {self.how!r}")
         if not self.memory > 0:
             raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
 
@@ -51,6 +58,8 @@ class Local(LipschitzMethod):
         if isinstance(domain, Everywhere):
             raise CertifyError("a local bound is for inputs near each other; pass domain=certify.Ball(x, radius, p) or certify.Box(low, high)")
         norm = self.norm if self.norm is not None else domain.p if isinstance(domain, Ball) else math.inf
+        if self.how == "sdp" and norm != 2:
+            raise CertifyError(f"how='sdp' bounds networks from l2, got norm={norm:g}; take how='crown'")
         program = program_of(graph)
         region = Region.of(domain, math.prod(graph.input_shape))
         single = torch.eye(program.outputs, dtype=torch.float64)
@@ -59,6 +68,8 @@ class Local(LipschitzMethod):
         jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32)))
         of_rows = jacobian.row_norms(DUAL[norm])
         value = _of_network(jacobian, of_rows, program.outputs, norm)
+        if norm == 2 and (self.how == "sdp" or (self.how == "auto" and jacobian.condensed.undecided <= _FEW)):
+            value, of_rows = refined(jacobian.condensed, value, of_rows, program.outputs)
         layers = _layerwise(graph) if norm == 2 else None
         used = value if layers is None else min(value, layers.value)
         return Bound(
