@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ def stacked(activation: str, dims: tuple[int, ...], seed: int, orthogonal: bool 
     """Random layers with an activation between any two of them."""
     torch.manual_seed(seed)
     modules: list[nn.Module] = []
-    for number, (inputs, outputs) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(dims)):
         linear = nn.Linear(inputs, outputs)
         linear.weight.data = nn.init.orthogonal_(linear.weight) if orthogonal else torch.randn(outputs, inputs) * math.sqrt(2 / inputs)
         linear.bias.data = torch.randn(outputs) * 0.1

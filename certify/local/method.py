@@ -36,7 +36,7 @@ class Local(LipschitzMethod):
     `norm` is that of the inputs, and by default that of the Ball (l-infinity on a Box): from l2 to l2, from l1 to l2, and from l-infinity to l-infinity. The
     ranges of all gates come from linear relaxations (CROWN), and everything is computed among the gates that these leave undecided. `pairs` bounds the
     difference of any two outputs on its own. In float64, with the rounding of every step added; from l2 to l2 never above the product of the layers, where that
-    is known. `how` is "crown", "sdp" (from l2 alone: LipSDP among the undecided gates, much smaller, and seconds from 300 of them on), or "auto": the smaller of
+    is known. `how` is "crown", "sdp" (from l2: LipSDP among the undecided gates, smaller, and seconds from 300 of them on), or "auto": the smaller of
     the two from l2 where at most 200 gates are undecided, otherwise "crown". `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError
     where that is not enough.
     """
