@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from certify.errors import CertifyError
+from certify.local.alpha import tightened
 from certify.local.crown import upper_bounds
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
@@ -49,6 +50,11 @@ class Layer:
     def lines(self) -> Lines:
         """Around each p."""
         return of_gate(self.gate.activation, self.low, self.high)
+
+    @property
+    def through_zero(self) -> bool:
+        """Whether `slope z` is below p for every slope between 0 and 1."""
+        return self.gate.activation == RELU
 
     @functools.cached_property
     def peak(self) -> Tensor:
@@ -88,10 +94,14 @@ def condense(
     rows: Tensor,  # (rows, outputs)
     *,
     limit: int = 2**31,
+    steps: int = 0,
 ) -> Condensed:
-    """The program on a region, seen from some rows of its output. Raises CertifyError where more numbers than `limit` would be needed."""
+    """The program on a region, seen from some rows of its output; with `steps` of `certify.local.alpha`, ranges of gates are smaller.
+
+    Raises CertifyError where more numbers than `limit` would be needed.
+    """
     with torch.enable_grad():
-        return _Sweep(program, region, limit).run(rows)
+        return _Sweep(program, region, limit, steps).run(rows)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,8 +117,8 @@ class _Signal:
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
-    def __init__(self, program: Program, region: Region, limit: int) -> None:
-        self.program, self.region, self.limit = program, region, limit
+    def __init__(self, program: Program, region: Region, limit: int, steps: int) -> None:
+        self.program, self.region, self.limit, self.steps = program, region, limit, steps
         self.input = region.center.clone().requires_grad_(True)
         self.cuts: list[Tensor] = []
         self.layers: list[Layer] = []
@@ -152,6 +162,8 @@ class _Sweep:
         """Decide what the range decides, sharpen the range of the rest, and cut what is still undecided."""
         low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
         self.total += len(low)
+        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise CertifyError("the numbers of the network overflow float64 on this region; take a smaller region, or weights of ordinary size")
         index = torch.nonzero(_undecided(gate, low, high)).flatten()
         if len(index):
             layer = self.sharpened(gate, signal, index, low, high)
@@ -195,12 +207,18 @@ class _Sweep:
             earlier = torch.cat([torch.zeros(len(index), 0, dtype=torch.float64), *cuts], dim=1)
             slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
             center = chosen.detach()
-            top = upper_bounds(self.layers, self.region, torch.cat([center, -center]), torch.cat([inputs, -inputs]), torch.cat([earlier, -earlier]))
+            centers, to_inputs, to_gates = (torch.cat([part, -part]) for part in (center, inputs, earlier))
+            top = upper_bounds(self.layers, self.region, centers, to_inputs, to_gates)
             n = len(index)
+            if self.steps and self.layers:
+                left = _undecided(gate, torch.maximum(low[index], -top[n:] - slack), torch.minimum(high[index], top[:n] + slack))
+                again = torch.nonzero(left.repeat(2)).flatten()
+                tighter = tightened(self.layers, self.region, centers[again], to_inputs[again], to_gates[again], self.steps)
+                top[again] = torch.fmin(top[again], tighter)
             infinity = torch.tensor(torch.inf, dtype=torch.float64)
             sharp_high = torch.nextafter(top[:n] + slack, infinity)
             sharp_low = torch.nextafter(-top[n:] - slack, -infinity)
-            lower, upper = torch.maximum(low[index], sharp_low), torch.minimum(high[index], sharp_high)
+            lower, upper = torch.fmax(low[index], sharp_low), torch.fmin(high[index], sharp_high)  # where sums overflow they say nothing
         return Layer(gate, index, center, slack, inputs, earlier, signal.size.flatten()[index], lower, upper)
 
     def gradients(self, of: Tensor, rows: Tensor) -> list[Tensor]:

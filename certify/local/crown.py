@@ -29,6 +29,9 @@ class Relaxed(Protocol):
     def peak(self) -> Tensor: ...
     @property
     def lines(self) -> Lines: ...
+    @property
+    def through_zero(self) -> bool:
+        """Whether `slope z` is below p for every slope between 0 and 1."""
 
 
 def upper_bounds(
@@ -37,9 +40,10 @@ def upper_bounds(
     center: Tensor,  # (rows,)
     inputs: Tensor,  # (rows, inputs)
     gates: Tensor,  # (rows, gates of the layers)
+    slopes: Tensor | None = None,
 ) -> Tensor:  # (rows,)
     """At least the largest `center + inputs d + gates p` over the region."""
-    total, g = linear_upper_bounds(layers, region, center, inputs, gates)
+    total, g = linear_upper_bounds(layers, region, center, inputs, gates, slopes)
     return total + region.support(g)
 
 
@@ -49,6 +53,7 @@ def linear_upper_bounds(
     center: Tensor,  # (rows,)
     inputs: Tensor,  # (rows, inputs)
     gates: Tensor,  # (rows, gates of the layers)
+    slopes: Tensor | None = None,  # (rows, gates of the layers): of the lines below those gates that have them through zero
 ) -> tuple[Tensor, Tensor]:
     """`total` and `g` with `center + inputs d + gates p <= total + g d` on the region, the rounding of all that is computed here in `total`."""
     constant, g, c = center, inputs, gates
@@ -58,7 +63,8 @@ def linear_upper_bounds(
         start = stop - len(layer.center)
         above, below = c[:, start:stop].clamp(min=0), c[:, start:stop].clamp(max=0)
         lines = layer.lines
-        weight = above * lines.high_slope + below * lines.low_slope
+        low_slope = slopes[:, start:stop].clamp(0.0, 1.0) if slopes is not None and layer.through_zero else lines.low_slope
+        weight = above * lines.high_slope + below * low_slope
         constant = constant + above @ lines.high_shift + below @ lines.low_shift + weight @ layer.center + weight.abs() @ layer.slack
         size = size + gates[:, start:stop].abs() @ layer.peak + weight.abs() @ layer.size + above @ lines.high_shift.abs() - below @ lines.low_shift.abs()
         g, c = g + weight @ layer.inputs, c[:, :start] + weight @ layer.earlier

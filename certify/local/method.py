@@ -37,13 +37,15 @@ class Local(LipschitzMethod):
     ranges of all gates come from linear relaxations (CROWN), and everything is computed among the gates that these leave undecided. `pairs` bounds the
     difference of any two outputs on its own. In float64, with the rounding of every step added; from l2 to l2 never above the product of the layers, where that
     is known. `how` is "crown", "sdp" (from l2: LipSDP among the undecided gates, smaller, and seconds from 300 of them on), or "auto": the smaller of
-    the two from l2 where at most 200 gates are undecided, otherwise "crown". `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError
+    the two from l2 where at most 200 gates are undecided, otherwise "crown". `alpha_steps` are spent on lines below the gates of ReLU that decide more of them
+    (alpha-CROWN, Xu et al. 2021). `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError
     where that is not enough.
     """
 
     norm: float | None = None
     pairs: bool = True
     how: str = "auto"
+    alpha_steps: int = 10
     memory: float = 4.0
 
     def __post_init__(self) -> None:
@@ -51,6 +53,8 @@ class Local(LipschitzMethod):
             raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
         if self.how not in ("auto", "crown", "sdp"):
             raise CertifyError(f"how is 'auto', 'crown' or 'sdp', got {self.how!r}")
+        if self.alpha_steps < 0:
+            raise CertifyError(f"alpha_steps is 0 or more, got {self.alpha_steps}")
         if not self.memory > 0:
             raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
 
@@ -65,7 +69,7 @@ class Local(LipschitzMethod):
         single = torch.eye(program.outputs, dtype=torch.float64)
         differences = list(itertools.combinations(range(program.outputs), 2)) if self.pairs else []
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
-        jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32)))
+        jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32), steps=self.alpha_steps))
         of_rows = jacobian.row_norms(DUAL[norm])
         value = _of_network(jacobian, of_rows, program.outputs, norm)
         if norm == 2 and (self.how == "sdp" or (self.how == "auto" and jacobian.condensed.undecided <= _FEW)):

@@ -1,0 +1,54 @@
+"""Slopes of the lines below undecided ReLUs, for each bound its own (alpha-CROWN, Xu et al. 2021), so that more gates become decided.
+
+Any slope between 0 and 1 is valid. Steps of Adam along the gradient of the bounds propose slopes; every bound on the way is computed with all its rounding, and
+the smallest is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from certify.local.crown import Relaxed, upper_bounds
+from certify.local.region import Region
+
+_CHUNK = 2**22  # numbers in the slopes and coefficients of one batch of rows
+_RATE = 0.3  # of the first step; the last is a tenth of it
+_MEAN, _SQUARE = 0.8, 0.95  # how much of the past Adam keeps
+
+
+def tightened(
+    layers: Sequence[Relaxed],
+    region: Region,
+    center: Tensor,  # (rows,)
+    inputs: Tensor,  # (rows, inputs)
+    gates: Tensor,  # (rows, gates of the layers)
+    steps: int,
+) -> Tensor:  # (rows,)
+    """`upper_bounds`, or less."""
+    if not steps or not any(layer.through_zero for layer in layers):
+        return upper_bounds(layers, region, center, inputs, gates)
+    rows = max(1, _CHUNK // (inputs.shape[1] + 4 * gates.shape[1]))
+    parts = zip(center.split(rows), inputs.split(rows), gates.split(rows), strict=True)
+    return torch.cat([_descent(layers, region, *part, steps) for part in parts])
+
+
+def _descent(layers: Sequence[Relaxed], region: Region, center: Tensor, inputs: Tensor, gates: Tensor, steps: int) -> Tensor:
+    """Adam on the slopes of all rows at once: they do not depend on each other, and its steps do not depend on their scales."""
+    first = torch.cat([layer.lines.low_slope for layer in layers]).expand(gates.shape)
+    free = torch.cat([torch.full_like(layer.center, float(layer.through_zero)) for layer in layers])
+    slopes, mean, square = first.clone(), torch.zeros_like(first), torch.zeros_like(first)
+    best = torch.full_like(center, torch.inf)
+    for step in range(steps + 1):
+        with torch.enable_grad():
+            tried = slopes.requires_grad_(True)
+            bounds = upper_bounds(layers, region, center, inputs, gates, tried)
+            (gradient,) = torch.autograd.grad(bounds.sum(), tried)
+        best, gradient = torch.fmin(best, bounds.detach()), gradient.nan_to_num(0.0)
+        mean, square = _MEAN * mean + (1 - _MEAN) * gradient, _SQUARE * square + (1 - _SQUARE) * gradient**2
+        pace = _RATE * 0.1 ** (step / steps) / (1 - _MEAN ** (step + 1)) * (1 - _SQUARE ** (step + 1)) ** 0.5
+        slopes = (tried.detach() - pace * free * mean / (square.sqrt() + 1e-300)).clamp(0.0, 1.0)
+        slopes = torch.where(free > 0, slopes, first)
+    return best
