@@ -104,6 +104,31 @@ def test_orthogonal_networks_have_norm_one_on_every_ball(name: str, radius: floa
         assert 1 - 1e-12 <= spectral_bound(condensed).bound <= 1 + 1e-6
 
 
+def test_deep_sorting_networks_keep_their_bound() -> None:
+    """Absolute values of a comparator triple what it keeps: the slack starts from gradients that are bounded instead."""
+    net = stacked("groupsort", (8,) * 8, 0, orthogonal=True)
+    condensed = condensed_of(net, torch.zeros(8, dtype=torch.float64), 10.0)
+    sharper = bound_jacobian(condensed).condensed
+    assert float(condensed.slack_gates.max()) > 1e4 * float(sharper.slack_gates.max())
+    assert spectral_bound(sharper).bound <= 1 + 1e-4
+    twice = condensed.with_gradients(2 * torch.ones_like(condensed.gates)), condensed.with_gradients(torch.ones_like(condensed.gates))
+    assert (twice[0].slack_gates >= twice[1].slack_gates).all()
+    assert (twice[0].slack_inputs >= twice[1].slack_inputs).all()
+
+
+@pytest.mark.parametrize("name", ["groupsort", "gelu"])
+def test_the_slack_of_the_second_time_is_sound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("certify.local.clarke._MUCH", -1.0)
+    net, center = stacked(name, (6, 12, 12, 12, 3), 5), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    condensed = condensed_of(net, center, 0.3)
+    jacobian = bound_jacobian(condensed)
+    assert (jacobian.condensed.slack_gates < condensed.slack_gates).any()
+    jacobians = seen(net, center, 0.3, 300)
+    low, high = jacobian.range
+    assert ((jacobians >= low - 1e-12) & (jacobians <= high + 1e-12)).all()
+    assert spectral_bound(jacobian.condensed).bound >= torch.linalg.matrix_norm(jacobians, 2).max() * (1 - 1e-12)
+
+
 def test_the_bound_of_many_rows_without_programs_of_their_own_is_sound(monkeypatch: pytest.MonkeyPatch) -> None:
     net, center = stacked("relu", (6, 16, 16, 4), 2), torch.linspace(-1, 1, 6, dtype=torch.float64)
     domain, shape = certify.Ball(center.numpy(), 0.3, 2), (6,)

@@ -19,6 +19,7 @@ from certify.local.relax import Lines, of_product
 from sdp.proof import gamma
 
 _CHUNK = 2**24  # numbers in one batch of forms
+_MUCH = 2.0**-33  # of slack, beside the largest gradient to a gate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +79,14 @@ class Jacobian:
 
 
 def bound_jacobian(condensed: Condensed) -> Jacobian:
-    """Bounds of the gradient to each gate, and what is needed for those to the inputs."""
+    """Bounds of the gradient to each gate, and what is needed for those to the inputs; once more with the slack that follows from them, where it matters."""
+    jacobian = _bound_jacobian(condensed)
+    if jacobian.gates and float(condensed.slack_gates.max()) > _MUCH * float(condensed.gates.abs().max()):
+        return _bound_jacobian(condensed.with_gradients(torch.cat([layer.peak for layer in jacobian.gates], dim=1)))
+    return jacobian
+
+
+def _bound_jacobian(condensed: Condensed) -> Jacobian:
     done: list[_Gates] = []
     stop = condensed.gates.shape[1]
     later = [layer.earlier for layer in condensed.layers]  # rows of M: by gate, to all earlier ones

@@ -81,6 +81,17 @@ class Condensed:
     slack_gates: Tensor  # (rows, gates) of the gradient to each p
     slack_inputs: Tensor  # (rows, inputs) of the gradient to the input
     total: int  # gates of the program, decided or not
+    rounding: Callable[[Tensor], tuple[Tensor, Tensor]] = dataclasses.field(
+        repr=False
+    )  # (rows, gates), at least the gradients to all z -> what `slack_gates` and `slack_inputs` may then be
+
+    def with_gradients(self, largest: Tensor) -> Condensed:  # (rows, gates)
+        """The same with less slack, for `largest` at least the gradients to all z, in place of those of the program with absolute values.
+
+        Where each gate adds to a sum from which it takes away again (MaxMin, GroupSort) those grow threefold from gate to gate, and the gradients do not.
+        """
+        gates, inputs = self.rounding(largest)
+        return dataclasses.replace(self, slack_gates=torch.fmin(self.slack_gates, gates), slack_inputs=torch.fmin(self.slack_inputs, inputs))
 
     @property
     def undecided(self) -> int:
@@ -237,10 +248,10 @@ class _Sweep:
         """The rows of the output, and what rounding can add to each gradient."""
         y = signal.value.flatten()
         inputs, *cuts = self.gradients(y, rows)
-        to_gates, to_inputs = self.slack(rows)
+        room = 2 * gamma(self.products + len(y) + 4)
+        slack_gates, slack_inputs = self.slack(rows, room)
         with torch.no_grad():
             center = rows @ y.detach()
-            room = 2 * gamma(self.products + len(y) + 4)
             return Condensed(
                 region=self.region,
                 layers=tuple(self.layers),
@@ -248,35 +259,45 @@ class _Sweep:
                 slack=room * (rows.abs() @ signal.size.flatten()) + _TINY,
                 inputs=inputs,
                 gates=torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *cuts], dim=1),
-                slack_gates=room * to_gates + _TINY,
-                slack_inputs=room * to_inputs + _TINY,
+                slack_gates=slack_gates,
+                slack_inputs=slack_inputs,
                 total=self.total,
+                rounding=functools.partial(self.slack, rows, room),
             )
 
-    def slack(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of the program with absolute values, in which every gate has the largest slope that it can have here."""
+    @torch.enable_grad()
+    def slack(self, rows: Tensor, room: float, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`room` times the gradients of the program with absolute values, in which every gate has the largest slope that it can have here.
+
+        With `largest`, (rows, gates), at least the gradients to all z, they start from these and from the outputs, and end at the next undecided gate.
+        """
         leaf = torch.zeros(self.input.numel(), dtype=torch.float64, requires_grad=True)
         slopes = iter(self.slopes)
-        made: list[tuple[Tensor, Tensor]] = []
+        inside: list[Tensor] = []  # of the undecided gates
+        outside: list[Tensor] = []
 
         def bend(number: int, gate: Gate, z: Tensor) -> Tensor:
             steepest, cut = next(slopes)
-            out = z.flatten() * steepest
-            if not out.requires_grad:
-                out.requires_grad_(True)
-            made.append((out, cut))
-            return out.reshape(z.shape)
+            flat = z.flatten()
+            out = flat * steepest
+            p = out[cut] if largest is None else torch.zeros(len(cut), dtype=torch.float64)
+            p = p if p.requires_grad else p.requires_grad_(True)
+            if len(cut):
+                inside.append(flat[cut] if flat.requires_grad else flat[cut].requires_grad_(True))
+                outside.append(p)
+            return out.index_put((cut,), p).reshape(z.shape)
 
         y = self.program.run(leaf, bend, affine=lambda step: step.size)
-        leaves = [leaf, *(out for out, cut in made if len(cut))]
+        starts, leaves = [y] if largest is None else [y, *inside], [leaf, *outside]
+        sizes = [len(part) for part in outside]
         parts = []
-        for row in rows.abs():
-            found = torch.autograd.grad(y, leaves, row, retain_graph=True, allow_unused=True)
-            parts.append([torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
-        to_inputs, *rest = (torch.stack(columns) for columns in zip(*parts, strict=True))
-        cuts = [cut for _, cut in made if len(cut)]
-        to_gates = [columns[:, cut] for columns, cut in zip(rest, cuts, strict=True)]
-        return torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *to_gates], dim=1), to_inputs
+        for number, row in enumerate(rows.abs()):
+            weights = [row] if largest is None else [row, *largest[number].split(sizes)]
+            found = torch.autograd.grad(starts, leaves, weights, retain_graph=True, allow_unused=True)
+            parts.append([torch.zeros_like(part) if g is None else g for g, part in zip(found, leaves, strict=True)])
+        to_inputs, *to_gates = (torch.stack(columns) for columns in zip(*parts, strict=True))
+        none = torch.zeros(len(rows), 0, dtype=torch.float64)
+        return room * torch.cat([none, *to_gates], dim=1) + _TINY, room * to_inputs + _TINY
 
 
 def _part(layer: Layer, keep: Tensor) -> Layer:
