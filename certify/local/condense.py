@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -88,10 +90,31 @@ def condense(
     rows: Tensor,  # (rows, outputs)
     *,
     limit: int = 2**31,
+    until: float = math.inf,
 ) -> Condensed:
-    """The program on a region, seen from some rows of its output. Raises CertifyError where more numbers than `limit` would be needed."""
+    """The program on a region, seen from some rows of its output.
+
+    Raises CertifyError where more numbers than `limit` would be needed, and TimeoutError at a time of time.monotonic.
+    """
     with torch.enable_grad():
-        return _Sweep(program, region, limit).run(rows)
+        return _Sweep(program, region, limit, until).run(rows)
+
+
+@torch.no_grad()
+def output_range(program: Program, region: Region) -> tuple[Tensor, Tensor]:  # (outputs,) each
+    """Bounds of every output on a region, step by step (interval arithmetic): loose, but for the smallest regions."""
+    sweep = _Sweep(program, region)
+    values = {0: sweep.start()}
+    for k, step in enumerate(program.steps):
+        values[k + 1] = sweep.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else _bent(step, values[step.input])
+    output = values[program.output]
+    return output.low.flatten(), output.high.flatten()
+
+
+def _bent(gate: Gate, signal: _Signal) -> _Signal:
+    """A gate by the range of its values alone."""
+    low, high = (end.reshape(signal.low.shape) for end in image(gate, signal.low.flatten(), signal.high.flatten()))
+    return _Signal(low, low, high, signal.size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -107,8 +130,8 @@ class _Signal:
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
-    def __init__(self, program: Program, region: Region, limit: int) -> None:
-        self.program, self.region, self.limit = program, region, limit
+    def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf) -> None:
+        self.program, self.region, self.limit, self.until = program, region, limit, until
         self.input = region.center.clone().requires_grad_(True)
         self.cuts: list[Tensor] = []
         self.layers: list[Layer] = []
@@ -117,22 +140,25 @@ class _Sweep:
         self.total = 0
 
     def run(self, rows: Tensor) -> Condensed:
-        shape = (1, *self.program.input_shape)
-        low, high = (self.region.center + end for end in (self.region.low, self.region.high))
-        infinity = torch.tensor(torch.inf, dtype=torch.float64)
-        start = _Signal(
-            self.input.reshape(shape),
-            torch.nextafter(low, -infinity).reshape(shape),
-            torch.nextafter(high, infinity).reshape(shape),
-            (self.region.center.abs() + self.region.reach).reshape(shape),
-        )
-        values = {0: start}
+        values = {0: self.start()}
         for k, step in enumerate(self.program.steps):
             values[k + 1] = self.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else self.gate(step, values[step.input])
             for i in step.inputs:
                 if self.program.last_use.get(i) == k:
                     values.pop(i, None)
         return self.outputs(values[self.program.output], rows)
+
+    def start(self) -> _Signal:
+        """The input."""
+        shape = (1, *self.program.input_shape)
+        low, high = (self.region.center + end for end in (self.region.low, self.region.high))
+        infinity = torch.tensor(torch.inf, dtype=torch.float64)
+        return _Signal(
+            self.input.reshape(shape),
+            torch.nextafter(low, -infinity).reshape(shape),
+            torch.nextafter(high, infinity).reshape(shape),
+            (self.region.center.abs() + self.region.reach).reshape(shape),
+        )
 
     def affine(self, step: Affine, inputs: Sequence[_Signal]) -> _Signal:
         """The affine step in each of the three: rounding is at most `gamma` times the sum of the absolute values of all terms."""
@@ -211,6 +237,8 @@ class _Sweep:
         chunk = max(1, _CHUNK // max(1, of.numel() + sum(leaf.numel() for leaf in leaves)))
         parts = []
         for part in rows.split(chunk):
+            if time.monotonic() > self.until:
+                raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
             found = torch.autograd.grad(of, leaves, part, retain_graph=True, allow_unused=True, is_grads_batched=True)
             parts.append([torch.zeros(len(part), leaf.numel(), dtype=torch.float64) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]
