@@ -287,6 +287,22 @@ def test_without_room_for_rounding_they_are_not(monkeypatch: pytest.MonkeyPatch)
     assert rational_trials(27) > 10
 
 
+def test_a_gate_is_not_decided_by_rounding() -> None:
+    """Its input is computed with the wrong sign; the exact slope must be allowed all the same."""
+    turned = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        w, x = rng.standard_normal((1, 16)), rng.standard_normal(16)
+        exact = sum(Fraction(a) * Fraction(b) for a, b in zip(w[0].tolist(), x.tolist(), strict=True))
+        bias = np.array([-float(exact)])
+        exact += Fraction(bias[0])
+        computed = float(F.linear(torch.from_numpy(x), torch.from_numpy(w), torch.from_numpy(bias)))
+        turned += (computed > 0) != (exact > 0) and computed != 0
+        low, high = bounds(chain([(w, bias), (np.eye(1), np.zeros(1))], "relu"), certify.Ball(x, 0.0, 2)).range
+        assert all(float(a) <= (v if exact > 0 else 0) <= float(b) for a, v, b in zip(low[0], w[0], high[0], strict=True))
+    assert turned > 5
+
+
 def test_a_point_has_its_exact_jacobian() -> None:
     """At radius 0 nothing is undecided, and what is left is rounding."""
     for seed, activation in itertools.product(range(3), ("relu", "maxmin", "leaky")):
