@@ -25,7 +25,9 @@ from certify.local.relax import Lines, of_gate
 from sdp.activation import RELU
 from sdp.proof import gamma
 
-_TINY = 2.0**-500
+_TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, of 2^30, times the square of _GROWTH and _REACH
+_GROWTH = 2.0**200
+_REACH = 2.0**100
 _CHUNK = 2**24  # numbers in the rows of one batch of gradients
 
 
@@ -94,15 +96,29 @@ def condense(
 ) -> Condensed:
     """The program on a region, seen from some rows of its output.
 
-    Raises CertifyError where more numbers than `limit` would be needed, and TimeoutError at a time of time.monotonic.
+    Raises CertifyError where more numbers than `limit` would be needed, or float64 has no room, and TimeoutError at a time of time.monotonic.
     """
+    _check_scale(program, region, rows)
+    if len(rows) * len(region.center) > limit:
+        raise CertifyError(f"{len(rows):,} rows of {len(region.center):,} inputs need more memory than allowed; ask for fewer rows, such as with pairs=False")
     with torch.enable_grad():
         return _Sweep(program, region, limit, until).run(rows)
+
+
+def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
+    """Refuse numbers so large that overflow, or what underflow loses, could matter."""
+    largest = max(program.largest_constant, *(float(part.abs().max()) if part.numel() else 0.0 for part in (region.center, region.reach, *rows)))
+    if not (program.growth <= _GROWTH and largest <= _REACH):
+        raise CertifyError(
+            f"float64 cannot follow this network here: the absolute values of its weights multiply a change by up to {program.growth:.1e}, and its inputs and "
+            f"biases reach {largest:.1e}; at most {_GROWTH:.1e} and {_REACH:.1e} can be bounded; rescale the weights"
+        )
 
 
 @torch.no_grad()
 def output_range(program: Program, region: Region) -> tuple[Tensor, Tensor]:  # (outputs,) each
     """Bounds of every output on a region, step by step (interval arithmetic): loose, but for the smallest regions."""
+    _check_scale(program, region)
     sweep = _Sweep(program, region)
     values = {0: sweep.start()}
     for k, step in enumerate(program.steps):
