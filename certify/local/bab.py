@@ -12,7 +12,7 @@ import dataclasses
 import heapq
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from sdp.activation import RELU
 from sdp.proof import gamma
 
 _BATCH = 16  # nodes that are split together
-_CANDIDATES = 4  # gates that are tried for each
+_CANDIDATES = 3  # gates that are tried for each
 _POINTS = 2000
 _WORK = 2**24  # numbers in the forms of one batch of nodes
 _SMALL = 1e-6  # constants below it are compared as if they were this large
@@ -55,7 +55,6 @@ class Progress:
     seconds: float
 
 
-@torch.no_grad()
 def complete(
     program: Program,
     region: Region,
@@ -72,27 +71,41 @@ def complete(
     That is the Lipschitz constant of each row of the outputs from the l_p norm with 1/p + 1/q = 1. Raises CertifyError for a network with gates other than
     ReLU, and where more numbers than `limit` would be kept.
     """
+    return search(condense(program, region, rows, limit=limit), q, seconds=seconds, tolerance=tolerance, report=report)
+
+
+@torch.no_grad()
+def search(
+    condensed: Condensed,
+    q: float,
+    *,
+    seconds: float = 60.0,
+    tolerance: float = 1e-6,
+    report: Callable[[Progress], None] | None = None,
+) -> Complete:
+    """The same, of a program that is condensed already."""
     began = time.perf_counter()
-    smooth = [step for step in program.steps if isinstance(step, Gate) and step.activation != RELU]
-    if smooth:
-        raise CertifyError(f"complete branch and bound is for networks of linear pieces, and {smooth[0].name} is {smooth[0].activation}; take how='crown'")
-    condensed = condense(program, region, rows, limit=limit)
-    upper, lower = bound_jacobian(condensed).row_norms(q), torch.zeros(len(rows), dtype=torch.float64)
-    examples, nodes = None, 0
+    for layer in condensed.layers:
+        if layer.gate.activation != RELU:
+            of = f"{layer.gate.name} ({layer.gate.activation}) is smooth"
+            raise CertifyError(f"complete branch and bound decides gates of two linear pieces, and {of}; take how='crown' for this network")
+    upper = bound_jacobian(condensed).row_norms(q).nan_to_num(torch.inf)
+    lower = torch.zeros_like(upper)
+    rows, nodes = len(upper), 0
     try:
         examples = _Examples(condensed)
-        lower = torch.tensor([examples.largest(row, q) for row in range(len(rows))], dtype=torch.float64)
-        order = (-upper).argsort().tolist()
-        for position, row in enumerate(order):
+        for row in range(rows):
+            lower[row] = examples.largest(row, q)
+        for position, row in enumerate((-upper).argsort().tolist()):
             now = time.perf_counter() - began
-            until = now + (seconds - now) / (len(order) - position)
-            search = _Search(condensed, row, q, float(upper[row]), float(lower[row]), examples)
-            while not _meet(search.upper, search.lower, tolerance) and search.heap and time.perf_counter() - began < until:
-                search.step()
-                upper[row], lower[row] = min(search.upper, float(upper[row])), search.lower
+            until = now + (seconds - now) / (rows - position)
+            of_row = _Search(condensed, row, q, float(upper[row]), examples)
+            while not _meet(of_row.upper, of_row.lower, tolerance) and of_row.heap and time.perf_counter() - began < until:
+                of_row.step()
+                upper[row], lower[row] = of_row.upper, of_row.lower
                 if report is not None:
-                    report(Progress(row, search.upper, search.lower, nodes + search.nodes, time.perf_counter() - began))
-            nodes += search.nodes
+                    report(Progress(row, of_row.upper, of_row.lower, nodes + of_row.nodes, time.perf_counter() - began))
+            lower[row], nodes = of_row.lower, nodes + of_row.nodes
     except KeyboardInterrupt:  # what stands in `upper` is proved at any time
         pass
     return Complete(upper, lower, nodes, all(_meet(float(above), float(below), tolerance) for above, below in zip(upper, lower, strict=True)))
@@ -109,12 +122,17 @@ class _Nodes:
     decided: Tensor  # (nodes, gates): 1 open, -1 shut, 0 not decided
     low: Tensor  # (nodes, gates)
     high: Tensor
+    weights: Tensor  # (nodes, gates): how much a decision can change; 0 for a gate that is decided, or that depends on no input
 
     def __len__(self) -> int:
         return len(self.decided)
 
     def part(self, which: Tensor | slice) -> _Nodes:
-        return _Nodes(self.decided[which], self.low[which], self.high[which])
+        return _Nodes(self.decided[which], self.low[which], self.high[which], self.weights[which])
+
+    @staticmethod
+    def joined(parts: Sequence[_Nodes]) -> _Nodes:
+        return _Nodes(*(torch.cat([getattr(part, name) for part in parts]) for name in ("decided", "low", "high", "weights")))
 
     def split(self, of: Tensor, gates: Tensor) -> _Nodes:
         """Node `of[i]` with gate `gates[i]` open, and after all these, shut."""
@@ -122,10 +140,6 @@ class _Nodes:
         both = torch.cat([torch.ones(len(of), dtype=torch.int8), -torch.ones(len(of), dtype=torch.int8)])
         children.decided[torch.arange(len(children)), torch.cat([gates, gates])] = both
         return children
-
-    @property
-    def undecided(self) -> Tensor:  # (nodes, gates)
-        return (self.low < 0) & (self.high > 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,13 +165,16 @@ def _layers(condensed: Condensed, nodes: _Nodes) -> list[Layer]:
 
 
 def _ranges(condensed: Condensed, nodes: _Nodes) -> tuple[_Nodes, _Spaces, Tensor]:
-    """Sharper ranges of all gates in each node, its half-spaces, and whether two bounds of one gate say that it is empty."""
+    """Sharper ranges of all gates in each node, its half-spaces, and whether two bounds of one gate say that it is empty.
+
+    The weights of the nodes are the l1 norms of the lines around each gate.
+    """
     region, infinity = condensed.region, torch.tensor(torch.inf, dtype=torch.float64)
     count, inputs = len(nodes), condensed.inputs.shape[1]
     low, high = nodes.low.clone(), nodes.high.clone()
     empty = torch.zeros(count, dtype=torch.bool)
     done: list[Layer] = []
-    constants, normals = [], []
+    constants, normals, weights = [], [], []
     start = 0
     for layer in condensed.layers:
         n, part = layer.count, slice(start, start + layer.count)
@@ -166,16 +183,17 @@ def _ranges(condensed: Condensed, nodes: _Nodes) -> tuple[_Nodes, _Spaces, Tenso
         total = torch.nextafter(total + torch.cat([layer.slack, layer.slack]), infinity)
         top = torch.nextafter(total + region.support(g), infinity)
         total, g, top = total.expand(count, 2 * n), g.expand(count, 2 * n, inputs), top.expand(count, 2 * n)
-        least, most = torch.maximum(low[:, part], -top[:, n:]), torch.minimum(high[:, part], top[:, :n])
+        least, most = torch.fmax(low[:, part], -top[:, n:]), torch.fmin(high[:, part], top[:, :n])  # NaN, of an overflow, says nothing
         opened, shut = nodes.decided[:, part] > 0, nodes.decided[:, part] < 0
         least, most = torch.where(opened, least.clamp(min=0), least), torch.where(shut, most.clamp(max=0), most)
         empty |= (least > most).any(dim=1)
         low[:, part], high[:, part] = least, torch.maximum(least, most)
         constants.append(torch.where(opened, total[:, :n], torch.where(shut, total[:, n:], 0.0)))
         normals.append(torch.where(opened[..., None], g[:, :n], torch.where(shut[..., None], g[:, n:], 0.0)))
+        weights.append(g.abs().sum(-1).view(count, 2, n).amax(1))
         done.append(dataclasses.replace(layer, low=low[:, None, part], high=high[:, None, part]))
         start = part.stop
-    return _Nodes(nodes.decided, low, high), _Spaces(torch.cat(constants, dim=1), torch.cat(normals, dim=1)), empty
+    return _Nodes(nodes.decided, low, high, torch.cat(weights, dim=1)), _Spaces(torch.cat(constants, dim=1), torch.cat(normals, dim=1)), empty
 
 
 def _jacobian(condensed: Condensed, nodes: _Nodes, row: int) -> Jacobian:
@@ -195,11 +213,6 @@ def _jacobian(condensed: Condensed, nodes: _Nodes, row: int) -> Jacobian:
     )
 
 
-def _bounds(condensed: Condensed, nodes: _Nodes, row: int, q: float) -> Tensor:  # (nodes,)
-    """At least the norm of this row of every Jacobian in each node."""
-    return _jacobian(condensed, nodes, row).row_norms(q)
-
-
 class _Examples:
     """On which side of every gate some points of the region lie; 0 where that is within rounding."""
 
@@ -211,7 +224,8 @@ class _Examples:
     def add(self, points: Tensor) -> Tensor:  # (points, inputs) -> (new sides, gates)
         """Keep sides that are new, and return those of all these points."""
         sides = _distinct(_sides(self.condensed, points))
-        self.sides = _distinct(torch.cat([self.sides, sides]))
+        new = [row for row in sides if not (self.sides == row).all(dim=1).any()]
+        self.sides = torch.cat([self.sides, *(row[None] for row in new)])
         return sides
 
     def lie_in(self, nodes: _Nodes) -> Tensor:  # (nodes,)
@@ -221,14 +235,26 @@ class _Examples:
 
     def norms(self, sides: Tensor, row: int, q: float) -> Tensor:  # (sides,)
         """At most the norm of the gradient of a row where the gates are on these sides, whatever the slopes of those within rounding."""
-        nodes = _Nodes(sides, (sides <= 0).double().neg(), (sides >= 0).double())
+        nodes = _Nodes(sides, (sides <= 0).double().neg(), (sides >= 0).double(), torch.zeros(sides.shape))
         low, high = _jacobian(self.condensed, nodes, row).range
         least = torch.maximum(low, -high).clamp(min=0)
-        return torch.linalg.vector_norm(least, ord=q, dim=1) * (1 - 2 * gamma(low.shape[1] + 8)) if low.shape[1] else low.sum(1)
+        return (torch.linalg.vector_norm(least, ord=q, dim=1) * (1 - 2 * gamma(low.shape[1] + 8))).nan_to_num(0.0, 0.0, 0.0)
 
     def largest(self, row: int, q: float) -> float:
-        """The largest norm among all points."""
-        return max(float(self.norms(part, row, q).max()) for part in self.sides.split(_nodes_at_once(self.condensed)))
+        """The norm of the largest gradient among all points."""
+        found = [self.gradients(part.double().clamp(min=0), row).norm(p=q, dim=1) for part in self.sides.split(_nodes_at_once(self.condensed))]
+        best = int(torch.cat(found).argmax())
+        return float(self.norms(self.sides[best : best + 1], row, q))
+
+    def gradients(self, slopes: Tensor, row: int) -> Tensor:  # (n, gates) -> (n, inputs)
+        """About the gradients of a row."""
+        condensed, stop = self.condensed, slopes.shape[1]
+        to_gates, to_inputs = condensed.gates[row].expand(slopes.shape), condensed.inputs[row].expand(len(slopes), -1)
+        for layer in reversed(condensed.layers):
+            start = stop - layer.count
+            p = slopes[:, start:stop] * to_gates[:, start:stop]
+            to_gates, to_inputs, stop = to_gates[:, :start] + p @ layer.earlier, to_inputs + p @ layer.inputs, start
+        return to_inputs
 
 
 def _distinct(sides: Tensor) -> Tensor:
@@ -269,29 +295,30 @@ def _nodes_at_once(condensed: Condensed) -> int:
 class _Search:
     """The open nodes of one row of the output, the one of the largest bound first."""
 
-    def __init__(self, condensed: Condensed, row: int, q: float, upper: float, lower: float, examples: _Examples) -> None:
+    def __init__(self, condensed: Condensed, row: int, q: float, upper: float, examples: _Examples) -> None:
         self.condensed, self.row, self.q, self.examples = condensed, row, q, examples
-        self.upper, self.lower = upper, lower
+        self.upper, self.lower = upper, examples.largest(row, q)
         self.closed = 0.0  # the largest bound of a node in which nothing is left to decide
         self.nodes = 0
         self.number = itertools.count()
         self.heap: list[tuple[float, int, _Nodes]] = []
         if condensed.undecided:
             low, high = (torch.cat([getattr(layer, end) for layer in condensed.layers])[None] for end in ("low", "high"))
-            self.push(_Nodes(torch.zeros(low.shape, dtype=torch.int8), low, high), torch.tensor([upper], dtype=torch.float64))
+            root = _Nodes(torch.zeros(low.shape, dtype=torch.int8), low, high, torch.zeros(low.shape))
+            self.push(*self.evaluate(root, torch.tensor([upper], dtype=torch.float64)))
 
     def push(self, nodes: _Nodes, bounds: Tensor) -> None:
         """Keep nodes, but for those whose bound is no more than what was seen."""
         for number, bound in enumerate(bounds.tolist()):
-            if bound > self.lower:
+            if not bound <= self.lower:
                 heapq.heappush(self.heap, (-bound, next(self.number), nodes.part(slice(number, number + 1))))
 
     def step(self) -> None:
         """Split the nodes of the largest bounds. `upper` changes last, when their children stand in for them."""
         taken = [heapq.heappop(self.heap) for _ in range(min(_BATCH, len(self.heap)))]
-        parents = _Nodes(*(torch.cat([getattr(node, name) for _, _, node in taken]) for name in ("decided", "low", "high")))
+        parents = _Nodes.joined([node for _, _, node in taken])
         above = torch.tensor([-bound for bound, _, _ in taken], dtype=torch.float64)
-        weights, gates = _weights(self.condensed, parents).topk(min(_CANDIDATES, parents.low.shape[1]), dim=1)
+        weights, gates = parents.weights.topk(min(_CANDIDATES, parents.weights.shape[1]), dim=1)
         ended = weights[:, 0] <= 0
         if ended.any():
             self.closed = max(self.closed, float(above[ended].max()))
@@ -309,9 +336,11 @@ class _Search:
         parts, bounds = [], []
         for start in range(0, len(nodes), _nodes_at_once(self.condensed)):
             part, _, empty = _ranges(self.condensed, nodes.part(slice(start, start + _nodes_at_once(self.condensed))))
-            parts.append(part)
-            bounds.append(torch.where(empty, -1.0, _bounds(self.condensed, part, self.row, self.q)))
-        return _Nodes(*(torch.cat([getattr(part, name) for part in parts]) for name in ("decided", "low", "high"))), torch.minimum(torch.cat(bounds), above)
+            jacobian = _jacobian(self.condensed, part, self.row)
+            change = part.weights * torch.cat([layer.peak for layer in jacobian.gates], dim=1)
+            parts.append(dataclasses.replace(part, weights=torch.where((part.low < 0) & (part.high > 0), change, 0.0)))
+            bounds.append(torch.where(empty, -1.0, jacobian.row_norms(self.q)))
+        return _Nodes.joined(parts), torch.fmin(torch.cat(bounds), above)
 
     def keep(self, nodes: _Nodes, bounds: Tensor) -> None:
         """Push the nodes that are not proved to be empty; those that hold no example yet are tried."""
@@ -328,11 +357,6 @@ class _Search:
                     sides = self.examples.add(d[None])
                     self.lower = max(self.lower, float(self.examples.norms(sides, self.row, self.q).max()))
         self.push(nodes, bounds)
-
-
-def _weights(condensed: Condensed, nodes: _Nodes) -> Tensor:  # (nodes, gates)
-    """How far each gate that is not decided can go to either side; 0 for one that is, or that depends on no input."""
-    return torch.where(nodes.undecided, torch.minimum(-nodes.low, nodes.high), 0.0)
 
 
 def _best(
