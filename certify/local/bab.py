@@ -22,7 +22,7 @@ from certify.local.clarke import Jacobian, bound_jacobian
 from certify.local.condense import Condensed, Layer, condense
 from certify.local.crown import linear_upper_bounds
 from certify.local.halfspaces import HalfSpaces, excludes, into, propose
-from certify.local.program import Gate, Program
+from certify.local.program import Program
 from certify.local.region import Region
 from sdp.activation import RELU
 from sdp.proof import gamma
@@ -365,7 +365,7 @@ def _best(
 ) -> Tensor:  # which of them
     """For each node, the gate whose worst child is best; the better child decides between equals."""
     score = bounds.amax(0) + 1e-3 * bounds.amin(0)
-    chosen = {}
+    chosen: dict[int, int] = {}
     for number, (node, value) in enumerate(zip(of.tolist(), score.tolist(), strict=True)):
         if node not in chosen or value < score[chosen[node]]:
             chosen[node] = number

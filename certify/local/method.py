@@ -113,7 +113,7 @@ def _of_network(jacobian: Jacobian, of_rows: Tensor, outputs: int, norm: float) 
     together = float(torch.linalg.vector_norm(of_rows)) * (1 + 2 * gamma(outputs + 8))
     if norm == 1:
         largest = torch.maximum(low.abs(), high.abs())
-        return float(torch.linalg.vector_norm(largest, dim=0).max()) * (1 + 2 * gamma(outputs + 8)) + 2.0**-500
+        return min(together, float(torch.linalg.vector_norm(largest, dim=0).max()) * (1 + 2 * gamma(outputs + 8)) + 2.0**-500)
     return min(together, spectral_norm(low, high))
 
 
