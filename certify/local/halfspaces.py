@@ -43,15 +43,17 @@ def excludes(region: Region, of: HalfSpaces, y: Tensor) -> bool:
 
 def propose(region: Region, of: HalfSpaces) -> tuple[Tensor | None, Tensor | None]:
     """Weights y that may exclude all d, and a d of the region that may be inside all half-spaces; either may be missing, and neither is proved."""
-    lengths = of.normal.norm(dim=1)
+    reach = region.reach
+    normal = of.normal * reach  # of u with d = reach u, so that all sizes are near 1
+    lengths = torch.maximum(normal.norm(dim=1), of.constant.abs())
     lengths = torch.where(lengths > 0, lengths, 1.0)
-    constant, normal = (of.constant / lengths).numpy(), (of.normal / lengths[:, None]).numpy()
+    problem = (of.constant / lengths).numpy(), (normal / lengths[:, None]).numpy()
     try:
-        y, d = _nearest(region.radius, constant, normal) if region.p == 2 and math.isfinite(region.radius) else _deepest(region, constant, normal)
+        y, u = _nearest(*problem) if region.p == 2 and math.isfinite(region.radius) else _deepest(region, *problem)
     except (RuntimeError, ValueError):  # a solver that gives up proposes nothing
         return None, None
     weights = None if y is None else torch.from_numpy(np.maximum(y, 0.0)) / lengths
-    return weights, None if d is None else into(region, torch.from_numpy(d))
+    return weights, None if u is None else into(region, reach * torch.from_numpy(u))
 
 
 def into(region: Region, d: Tensor) -> Tensor:  # (..., inputs), the same
@@ -64,41 +66,39 @@ def into(region: Region, d: Tensor) -> Tensor:  # (..., inputs), the same
 
 
 def _deepest(region: Region, constant: Array, normal: Array) -> tuple[Array | None, Array | None]:
-    """The d of a box, or of an l1 ball, that is furthest inside the nearest half-space, by a linear program; its multipliers where that is outside."""
-    low, high = region.low.numpy(), region.high.numpy()
+    """The u of a box, or of an l1 ball, that is furthest inside the nearest half-space, by a linear program; its multipliers where that is outside."""
+    reach = region.reach.clamp(min=2.0**-1000)
+    in_ball, inputs = math.isfinite(region.radius), normal.shape[1]
     rows = np.hstack([-normal, np.ones((len(normal), 1))])
-    bounds = [*zip(low, high, strict=True), (None, float(np.abs(constant).max() + 1))]
-    limits, equal = constant, None
-    if math.isfinite(region.radius):  # d = u - v with u, v >= 0 and a sum of at most the radius
+    bounds = [*zip((region.low / reach).tolist(), (region.high / reach).tolist(), strict=True), (None, 2.0)]
+    limits = constant
+    if in_ball:  # u = v - w with v, w >= 0 and a sum of at most 1
         rows = np.hstack([-normal, normal, np.ones((len(normal), 1))])
-        rows = np.vstack([rows, np.append(np.ones(2 * normal.shape[1]), 0.0)])
-        bounds = [(0, None)] * (2 * normal.shape[1]) + bounds[-1:]
-        limits = np.append(constant, region.radius)
+        rows = np.vstack([rows, np.append(np.ones(2 * inputs), 0.0)])
+        bounds = [(0, None)] * (2 * inputs) + bounds[-1:]
+        limits = np.append(constant, 1.0)
     goal = np.zeros(rows.shape[1])
     goal[-1] = -1
-    found = linprog(goal, A_ub=rows, b_ub=limits, A_eq=equal, bounds=bounds, method="highs")
+    found = linprog(goal, A_ub=rows, b_ub=limits, bounds=bounds, method="highs")
     if found.status != 0:
         return None, None
-    inputs = normal.shape[1]
-    d = found.x[:inputs] - (found.x[inputs : 2 * inputs] if math.isfinite(region.radius) else 0.0)
-    return -found.ineqlin.marginals[: len(normal)], d if -found.fun > 0 else None
+    u = found.x[:inputs] - (found.x[inputs : 2 * inputs] if in_ball else 0.0)
+    return -found.ineqlin.marginals[: len(normal)], u if -found.fun > 0 else None
 
 
-def _nearest(radius: float, constant: Array, normal: Array) -> tuple[Array | None, Array | None]:
-    """The d of least l2 norm in all half-spaces (a problem of least squares with y >= 0: Lawson and Hanson 1974, chapter 23), and its multipliers.
+def _nearest(constant: Array, normal: Array) -> tuple[Array | None, Array | None]:
+    """The u of least l2 norm in all half-spaces (a problem of least squares with y >= 0: Lawson and Hanson 1974, chapter 23), and its multipliers.
 
-    Where d is outside the ball they exclude all of it. Where it is inside, a point further inside the half-spaces is looked for.
+    Where it is outside the unit ball they exclude all of it. Where it is inside, a point further inside the half-spaces is looked for.
     """
-    scale = radius if radius > 0 else 1.0
-    constant = constant / scale
-    y, d = _least(constant, normal)
-    if d is None or np.linalg.norm(d) > 1:
+    y, u = _least(constant, normal)
+    if u is None or np.linalg.norm(u) > 1:
         return y, None
     for margin in _MARGINS:
         _, inner = _least(constant - margin, normal)
         if inner is not None and np.linalg.norm(inner) <= 1:
-            return y, inner * scale
-    return y, d * scale
+            return y, inner
+    return y, u
 
 
 def _least(constant: Array, normal: Array) -> tuple[Array, Array | None]:
