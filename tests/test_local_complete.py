@@ -250,6 +250,16 @@ def test_ties_zeros_and_points() -> None:
                 assert float(found.upper) == pytest.approx(exact, rel=1e-9)
 
 
+def test_numbers_beyond_float64_are_not_called_done() -> None:
+    net, center = random_net("relu", 0, (3, 6, 6, 2))
+    net[0].weight.data *= 1e100
+    net[2].weight.data *= 1e100
+    found = solve(net, ball(center, 0.5, 2), 2, 2, seconds=1)  # the squares of its gradients overflow
+    assert (found.upper == math.inf).all()
+    assert (found.lower < math.inf).all()
+    assert not found.done
+
+
 def test_what_time_and_interrupts_leave_is_proved() -> None:
     activation, seed, sizes, eps, box_l1, _, _ = EXACT[4]
     net, center = random_net(activation, seed, sizes)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -112,7 +113,7 @@ def search(
 
 
 def _meet(upper: float, lower: float, tolerance: float) -> bool:
-    return upper - lower <= tolerance * max(upper, _SMALL)
+    return upper < math.inf and upper - lower <= tolerance * max(upper, _SMALL)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -319,7 +320,7 @@ class _Search:
         parents = _Nodes.joined([node for _, _, node in taken])
         above = torch.tensor([-bound for bound, _, _ in taken], dtype=torch.float64)
         weights, gates = parents.weights.topk(min(_CANDIDATES, parents.weights.shape[1]), dim=1)
-        ended = weights[:, 0] <= 0
+        ended = ~(weights > 0).any(dim=1)
         if ended.any():
             self.closed = max(self.closed, float(above[ended].max()))
         of, place = torch.nonzero(weights > 0, as_tuple=True)
