@@ -187,8 +187,8 @@ def _check_trace(net: nn.Module, graph: Graph) -> None:
     generator = torch.Generator().manual_seed(0)
     dtype = next((p.dtype for p in net.state_dict().values() if p.is_floating_point()), torch.float32)
     module = torch.fx.GraphModule(graph.net, graph.trace)
-    for scale in (0.1, 1.0, 10.0, 1e3, 1e6):
-        x = (scale * torch.randn(4, *graph.input_shape, generator=generator)).to(dtype)
+    for scale, batch in ((0.1, 4), (1.0, 1), (1.0, 4), (10.0, 4), (1e3, 4), (1e6, 4)):  # one input alone too: a forward may ask for that
+        x = (scale * torch.randn(batch, *graph.input_shape, generator=generator)).to(dtype)
         traced, own = module(x.clone()), net(x.clone())
         if not isinstance(own, torch.Tensor) or not isinstance(traced, torch.Tensor):
             raise Unsupported([Problem("", type(net).__name__, f"returns {type(own).__name__}; it must return one tensor")])

@@ -125,5 +125,5 @@ ACTIVATIONS = [
     nn.Identity(), nn.ReLU(), nn.ReLU6(), nn.Hardtanh(-2.0, 3.0), nn.LeakyReLU(0.1), nn.LeakyReLU(1.5), nn.ELU(), nn.ELU(2.0), nn.CELU(0.5), nn.SELU(),
     nn.Tanh(), nn.Sigmoid(), nn.LogSigmoid(), nn.Softsign(), nn.SiLU(), nn.GELU(), nn.GELU("tanh"), lipnet.Abs(),
     nn.Mish(), nn.Hardswish(), nn.Hardsigmoid(), nn.Softshrink(0.3), nn.Tanhshrink(), nn.RReLU(0.1, 0.5).eval(),
-    nn.PReLU().double(), nn.PReLU(init=-2.0).double(), nn.PReLU(init=1.5).double(),
+    nn.PReLU(), nn.PReLU(init=-2.0), nn.PReLU(init=1.5),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import certify
 import lipnet
 from certify.cli import Exit, main
 
@@ -17,8 +18,13 @@ from certify.cli import Exit, main
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("audit") / "net.safetensors"
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10)).eval()
-    lipnet.save(net, path, input_shape=(1, 8, 8), input_range=(0.0, 1.0))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 10))
+    digits, optimizer = certify.data.load("digits", (1, 8, 8)), torch.optim.Adam(net.parameters(), lr=1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(torch.from_numpy(digits.inputs)), torch.from_numpy(digits.labels)).backward()
+        optimizer.step()
+    lipnet.save(net.eval(), path, input_shape=(1, 8, 8), input_range=(0.0, 1.0))
     return str(path)
 
 

@@ -85,6 +85,7 @@ def refused(forward, change=lambda net: None):
     [
         (lambda self, x: x if x.sum() > 0 else -x, "branches on values"),
         (lambda self, x: x * float(x.abs().max()), "branches on values"),
+        (lambda self, x: 100 * x if x.shape[0] == 1 else x, "other outputs than its forward"),
         (lambda self, x: x + torch.randn(4), "number of inputs in a batch, or with random numbers|other outputs"),
         (lambda self, x: x * len(x), "number of inputs in a batch"),
         (lambda self, x: x + x.mean(0, keepdim=True), "mixes the inputs"),
@@ -97,7 +98,7 @@ def refused(forward, change=lambda net: None):
         (lambda self, x: torch.sort(x, dim=1)[0], "sort"),
         (lambda self, x: functional.dropout(x), "at random"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_what_cannot_be_seen_through_is_refused(forward, match):
     assert re.search(match, str(refused(forward)))

@@ -113,7 +113,7 @@ def test_a_range_of_inputs_cuts_the_ball() -> None:
     x = torch.tensor([[0.1, 0.9]], dtype=torch.float64)
     assert certify.robustness(net, x, LocalMargin(norm=math.inf)).radius[0] == pytest.approx(0.5)
     cut = certify.robustness(net, x, LocalMargin(norm=math.inf, within=(0.0, 1.0)))  # the first entry stops at 0, so the margin falls with the second alone
-    assert cut.radius[0] == pytest.approx(0.9, rel=2e-3)
+    assert 0.9 * 15 / 16 < cut.radius[0] <= 0.9
     assert certify.Assumption.INPUT_RANGE in cut.assumptions
     with pytest.raises(certify.CertifyError, match="outside of"):
         certify.robustness(net, x, LocalMargin(within=(0.2, 1.0)))

@@ -232,13 +232,6 @@ def test_slopes_of_any_numbers_prove_true_bounds() -> None:
 def test_refusals() -> None:
     with pytest.raises(certify.CertifyError, match="alpha_steps is 0 or more, got -1"):
         certify.Local(alpha_steps=-1)
-    large = stacked("relu", (3, 4, 4, 2), 0)
-    with pytest.raises(certify.CertifyError, match="overflow float64 on this region"):
-        certify.lipschitz(large, certify.Local(), input_shape=(3,), domain=certify.Ball(np.zeros(3), 1e308, math.inf))
-    large[0].weight.data *= 1e307
-    large[2].weight.data *= 1e307
-    with pytest.raises(certify.CertifyError, match="load weights of ordinary size"):
-        certify.lipschitz(large, certify.Local(), input_shape=(3,), domain=certify.Ball(np.zeros(3), 0.1, math.inf))
     with pytest.raises(certify.CertifyError, match="got 'exact'"):
         certify.Local(how="exact")
     net = stacked("relu", (3, 4, 2), 0)

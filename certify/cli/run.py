@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --method local or lowrank (and --norm, as above)")
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
-    group.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="local: for each input; what is proved by then is its radius")
+    group.add_argument("--seconds", type=float, default=60.0, metavar="S", help="local: for each input (default 60); what is proved by then is its radius")
     group.add_argument("--within", type=numbers, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
         "--proposer",

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -24,7 +26,9 @@ from certify.local.relax import Lines, of_gate
 from sdp.activation import RELU
 from sdp.proof import gamma
 
-_TINY = 2.0**-500
+_TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, of 2^30, times the square of _GROWTH and _REACH
+_GROWTH = 2.0**200
+_REACH = 2.0**100
 _CHUNK = 2**24  # numbers in the rows of one batch of gradients
 
 
@@ -105,14 +109,46 @@ def condense(
     rows: Tensor,  # (rows, outputs)
     *,
     limit: int = 2**31,
+    until: float = math.inf,
     steps: int = 0,
 ) -> Condensed:
     """The program on a region, seen from some rows of its output; with `steps` of `certify.local.alpha`, ranges of gates are smaller.
 
-    Raises CertifyError where more numbers than `limit` would be needed.
+    Raises CertifyError where more numbers than `limit` would be needed, or float64 has no room, and TimeoutError at a time of time.monotonic.
     """
+    _check_scale(program, region, rows)
+    if len(rows) * len(region.center) > limit:
+        raise CertifyError(f"{len(rows):,} rows of {len(region.center):,} inputs need more memory than allowed; ask for fewer rows, such as with pairs=False")
     with torch.enable_grad():
-        return _Sweep(program, region, limit, steps).run(rows)
+        return _Sweep(program, region, limit, until, steps).run(rows)
+
+
+def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
+    """Refuse numbers so large that overflow, or what underflow loses, could matter."""
+    largest = max(program.largest_constant, *(float(part.abs().max()) if part.numel() else 0.0 for part in (region.center, region.reach, *rows)))
+    if not (program.growth <= _GROWTH and largest <= _REACH):
+        raise CertifyError(
+            f"float64 cannot follow this network here: the absolute values of its weights multiply a change by up to {program.growth:.1e}, and its inputs and "
+            f"biases reach {largest:.1e}; at most {_GROWTH:.1e} and {_REACH:.1e} can be bounded; rescale the weights"
+        )
+
+
+@torch.no_grad()
+def output_range(program: Program, region: Region) -> tuple[Tensor, Tensor]:  # (outputs,) each
+    """Bounds of every output on a region, step by step (interval arithmetic): loose, but for the smallest regions."""
+    _check_scale(program, region)
+    sweep = _Sweep(program, region)
+    values = {0: sweep.start()}
+    for k, step in enumerate(program.steps):
+        values[k + 1] = sweep.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else _bent(step, values[step.input])
+    output = values[program.output]
+    return output.low.flatten(), output.high.flatten()
+
+
+def _bent(gate: Gate, signal: _Signal) -> _Signal:
+    """A gate by the range of its values alone."""
+    low, high = (end.reshape(signal.low.shape) for end in image(gate, signal.low.flatten(), signal.high.flatten()))
+    return _Signal(low, low, high, signal.size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,8 +164,8 @@ class _Signal:
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
-    def __init__(self, program: Program, region: Region, limit: int, steps: int) -> None:
-        self.program, self.region, self.limit, self.steps = program, region, limit, steps
+    def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0) -> None:
+        self.program, self.region, self.limit, self.until, self.steps = program, region, limit, until, steps
         self.input = region.center.clone().requires_grad_(True)
         self.cuts: list[Tensor] = []
         self.layers: list[Layer] = []
@@ -138,22 +174,25 @@ class _Sweep:
         self.total = 0
 
     def run(self, rows: Tensor) -> Condensed:
-        shape = (1, *self.program.input_shape)
-        low, high = (self.region.center + end for end in (self.region.low, self.region.high))
-        infinity = torch.tensor(torch.inf, dtype=torch.float64)
-        start = _Signal(
-            self.input.reshape(shape),
-            torch.nextafter(low, -infinity).reshape(shape),
-            torch.nextafter(high, infinity).reshape(shape),
-            (self.region.center.abs() + self.region.reach).reshape(shape),
-        )
-        values = {0: start}
+        values = {0: self.start()}
         for k, step in enumerate(self.program.steps):
             values[k + 1] = self.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else self.gate(step, values[step.input])
             for i in step.inputs:
                 if self.program.last_use.get(i) == k:
                     values.pop(i, None)
         return self.outputs(values[self.program.output], rows)
+
+    def start(self) -> _Signal:
+        """The input."""
+        shape = (1, *self.program.input_shape)
+        low, high = (self.region.center + end for end in (self.region.low, self.region.high))
+        infinity = torch.tensor(torch.inf, dtype=torch.float64)
+        return _Signal(
+            self.input.reshape(shape),
+            torch.nextafter(low, -infinity).reshape(shape),
+            torch.nextafter(high, infinity).reshape(shape),
+            (self.region.center.abs() + self.region.reach).reshape(shape),
+        )
 
     def affine(self, step: Affine, inputs: Sequence[_Signal]) -> _Signal:
         """The affine step in each of the three: rounding is at most `gamma` times the sum of the absolute values of all terms."""
@@ -173,8 +212,6 @@ class _Sweep:
         """Decide what the range decides, sharpen the range of the rest, and cut what is still undecided."""
         low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
         self.total += len(low)
-        if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
-            raise CertifyError("the numbers of the network overflow float64 on this region; take a smaller region, or weights of ordinary size")
         index = torch.nonzero(_undecided(gate, low, high)).flatten()
         if len(index):
             layer = self.sharpened(gate, signal, index, low, high)
@@ -240,6 +277,8 @@ class _Sweep:
         chunk = max(1, _CHUNK // max(1, of.numel() + sum(leaf.numel() for leaf in leaves)))
         parts = []
         for part in rows.split(chunk):
+            if time.monotonic() > self.until:
+                raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
             found = torch.autograd.grad(of, leaves, part, retain_graph=True, allow_unused=True, is_grads_batched=True)
             parts.append([torch.zeros(len(part), leaf.numel(), dtype=torch.float64) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
         return [torch.cat(columns) for columns in zip(*parts, strict=True)]

@@ -58,15 +58,16 @@ def linear_upper_bounds(
     """`total` and `g` with `center + inputs d + gates p <= total + g d` on the region, the rounding of all that is computed here in `total`."""
     constant, g, c = center, inputs, gates
     size = center.abs() + inputs.abs() @ region.reach
-    terms, stop = inputs.shape[1] + 16, gates.shape[1]
+    terms, stop = inputs.shape[-1] + 16, gates.shape[-1]
     for layer in reversed(layers):
         start = stop - len(layer.center)
-        above, below = c[:, start:stop].clamp(min=0), c[:, start:stop].clamp(max=0)
+        above, below = c[..., start:stop].clamp(min=0), c[..., start:stop].clamp(max=0)
         lines = layer.lines
-        low_slope = slopes[:, start:stop].clamp(0.0, 1.0) if slopes is not None and layer.through_zero else lines.low_slope
+        low_slope = slopes[..., start:stop].clamp(0.0, 1.0) if slopes is not None and layer.through_zero else lines.low_slope
         weight = above * lines.high_slope + below * low_slope
-        constant = constant + above @ lines.high_shift + below @ lines.low_shift + weight @ layer.center + weight.abs() @ layer.slack
-        size = size + gates[:, start:stop].abs() @ layer.peak + weight.abs() @ layer.size + above @ lines.high_shift.abs() - below @ lines.low_shift.abs()
-        g, c = g + weight @ layer.inputs, c[:, :start] + weight @ layer.earlier
+        constant = constant + (above * lines.high_shift).sum(-1) + (below * lines.low_shift).sum(-1) + weight @ layer.center + weight.abs() @ layer.slack
+        size = size + (gates[..., start:stop].abs() * layer.peak).sum(-1) + weight.abs() @ layer.size
+        size = size + (above * lines.high_shift.abs() - below * lines.low_shift.abs()).sum(-1)
+        g, c = g + weight @ layer.inputs, c[..., :start] + weight @ layer.earlier
         terms, stop = terms + 2 * (stop - start) + 8, start
     return constant + 2 * gamma(terms) * size, g

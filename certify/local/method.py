@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import weakref
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from certify.bound import Array, Assumption, Ball, Bound, Domain, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
+from certify.local.bab import search
 from certify.local.clarke import Jacobian, bound_jacobian
 from certify.local.condense import condense
 from certify.local.lipsdp import refined
@@ -25,6 +27,7 @@ from certify.spectral import largest_singular_value
 from sdp.proof import gamma
 
 _programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary()
+_HOW = ("auto", "crown", "sdp", "complete")
 _FEW = 200  # undecided gates, for which LipSDP takes about a second
 DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
 
@@ -36,10 +39,14 @@ class Local(LipschitzMethod):
     `norm` is that of the inputs, and by default that of the Ball (l-infinity on a Box): from l2 to l2, from l1 to l2, and from l-infinity to l-infinity. The
     ranges of all gates come from linear relaxations (CROWN), and everything is computed among the gates that these leave undecided. `pairs` bounds the
     difference of any two outputs on its own. In float64, with the rounding of every step added; from l2 to l2 never above the product of the layers, where that
-    is known. `how` is "crown", "sdp" (from l2: LipSDP among the undecided gates, smaller, and seconds from 300 of them on), or "auto": the smaller of
-    the two from l2 where at most 200 gates are undecided, otherwise "crown". `alpha_steps` are spent on lines below the gates of ReLU that decide more of them
-    (alpha-CROWN, Xu et al. 2021). `memory`, in GiB, is for what is kept of the undecided gates. Raises CertifyError
-    where that is not enough.
+    is known. `alpha_steps` are spent on lines below the gates of ReLU that decide more of them (alpha-CROWN, Xu et al. 2021). `memory`, in GiB, is for what is
+    kept of the undecided gates. Raises CertifyError where that is not enough.
+
+    `how="crown"` bounds row by row; "sdp", from l2, by LipSDP among the undecided gates too, which is smaller, and takes seconds from 300 of them on; "auto" is
+    "sdp" from l2 where at most 200 gates are undecided, and "crown" otherwise.
+
+    `how="complete"`, for gates of two linear pieces, decides them one by one (branch and bound) until the constant of each output meets an example, or
+    `seconds` are over; the evidence says how many nodes that took, the largest example, an estimate from below, and whether they meet.
     """
 
     norm: float | None = None
@@ -47,16 +54,19 @@ class Local(LipschitzMethod):
     how: str = "auto"
     alpha_steps: int = 10
     memory: float = 4.0
+    seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.norm not in (None, 1, 2, math.inf):
             raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
-        if self.how not in ("auto", "crown", "sdp"):
-            raise CertifyError(f"how is 'auto', 'crown' or 'sdp', got {self.how!r}")
         if self.alpha_steps < 0:
             raise CertifyError(f"alpha_steps is 0 or more, got {self.alpha_steps}")
         if not self.memory > 0:
             raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
+        if self.how not in _HOW:
+            raise CertifyError(f"how is one of {', '.join(map(repr, _HOW))}, got {self.how!r}")
+        if not self.seconds > 0:
+            raise CertifyError(f"seconds is a positive number, got seconds={self.seconds}")
 
     def bound(self, graph: Graph, domain: Domain) -> Bound:
         if isinstance(domain, Everywhere):
@@ -71,6 +81,11 @@ class Local(LipschitzMethod):
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
         jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32), steps=self.alpha_steps))
         of_rows = jacobian.row_norms(DUAL[norm])
+        evidence: dict[str, Any] = {"gates": jacobian.condensed.total, "undecided": jacobian.condensed.undecided}
+        if self.how == "complete":
+            found = search(jacobian.condensed, DUAL[norm], seconds=self.seconds)
+            of_rows = torch.minimum(of_rows, found.upper)
+            evidence |= {"nodes": found.nodes, "lower": float(found.lower[: program.outputs].max()), "done": found.done}
         value = _of_network(jacobian, of_rows, program.outputs, norm)
         if norm == 2 and (self.how == "sdp" or (self.how == "auto" and jacobian.condensed.undecided <= _FEW)):
             value, of_rows = refined(jacobian.condensed, value, of_rows, program.outputs)
@@ -82,7 +97,7 @@ class Local(LipschitzMethod):
             norm=(norm, math.inf if norm == math.inf else 2),
             domain=domain,
             assumptions=frozenset({Assumption.FLOAT64_LINALG}) | (frozenset() if layers is None else layers.assumptions),
-            evidence={"gates": jacobian.condensed.total, "undecided": jacobian.condensed.undecided, "layerwise": None if layers is None else layers.value},
+            evidence={**evidence, "layerwise": None if layers is None else layers.value},
             parts=layers.parts if layers is not None and used < value else (),
             pairs=_pairs(used, of_rows[program.outputs :].numpy(), differences, program.outputs, norm),
         )
@@ -111,7 +126,7 @@ def _of_network(jacobian: Jacobian, of_rows: Tensor, outputs: int, norm: float) 
     together = float(torch.linalg.vector_norm(of_rows)) * (1 + 2 * gamma(outputs + 8))
     if norm == 1:
         largest = torch.maximum(low.abs(), high.abs())
-        return float(torch.linalg.vector_norm(largest, dim=0).max()) * (1 + 2 * gamma(outputs + 8)) + 2.0**-500
+        return min(together, float(torch.linalg.vector_norm(largest, dim=0).max()) * (1 + 2 * gamma(outputs + 8)) + 2.0**-500)
     return min(together, spectral_norm(low, high))
 
 

@@ -26,8 +26,8 @@ def _pointed(x: Signal, builder: _Builder) -> None:
 # --- rearrangements -------------------------------------------------------------------------------------------------------------------------------
 
 
-def _rearranged(target: Any) -> None:
-    """An operation that moves entries, some of them perhaps to several places: `terms` counts those, for its gradient."""
+def _rearranged(target: Any, *also: Any) -> None:
+    """An operation, and others that do the same, that moves entries, some of them perhaps to several places: `terms` counts those, for its gradient."""
 
     def function(builder: _Builder, x: Ref, *args: Any, **options: Any) -> Ref:
         _pointed(x, builder)
@@ -35,11 +35,12 @@ def _rearranged(target: Any) -> None:
         copies = -(-made.numel() // max(1, math.prod(x.shape)))
         return builder.affine([x], lambda value: target(value, *args, **options), terms=copies)
 
-    register(target)(function)
+    register(target, *also)(function)
 
 
+_rearranged(_A.reshape.default, _A.view.default, _A._unsafe_view.default)  # what makes a signal contiguous is no step here, so that a view may need a copy
 for _target in (
-    _A.view.default, _A.reshape.default, _A._unsafe_view.default, _A.permute.default, _A.transpose.int, _A.t.default, _A.unsqueeze.default, _A.squeeze.dim,
+    _A.permute.default, _A.transpose.int, _A.t.default, _A.unsqueeze.default, _A.squeeze.dim,
     _A.squeeze.dims, _A.squeeze.default, _A.flatten.using_ints, _A.select.int, _A.slice.Tensor, _A.expand.default, _A.pixel_shuffle.default,
     _A.pixel_unshuffle.default, _A.channel_shuffle.default, _A.roll.default, _A.flip.default, _A.narrow.default, _A.diagonal.default,
 ):  # fmt: skip
@@ -48,6 +49,12 @@ for _target in (
 
 @register(_A.clone.default, _A.alias.default, _A.detach.default, _A.contiguous.default)
 def _same(builder: _Builder, x: Ref, **options: Any) -> Ref:
+    return x
+
+
+@register(_A._assert_tensor_metadata.default)
+def _asserted(builder: _Builder, x: Ref, *args: Any, **options: Any) -> Ref:
+    """What a conversion expects of its input; the conversion itself is another operation."""
     return x
 
 
@@ -108,7 +115,8 @@ def _pad(builder: _Builder, x: Ref, padding: Sequence[int], mode: str | Number =
     filled = float(value or 0.0)
     sizes = list(padding)
     if mode != "constant":
-        return builder.affine([x], lambda v: functional.pad(v, sizes, mode), terms=2 ** (len(sizes) // 2) * (1 + max(sizes)))
+        copies = math.prod(max(3, 1 + max(sizes[k : k + 2])) for k in range(0, len(sizes), 2))  # of one entry, along each axis: replicated, or around it
+        return builder.affine([x], lambda v: functional.pad(v, sizes, mode), terms=copies)
     if not math.isfinite(filled):
         raise Refused(f"pads with {filled}; pad with a finite number")
     constant = functional.pad(torch.zeros(x.shape, dtype=torch.float64), sizes, value=abs(filled)) if filled else None
@@ -202,7 +210,8 @@ for _target in (_A.mean.dim, _A.sum.dim_IntList, _A.mean.default, _A.sum.default
 
 def _pooled(target: Any, adaptive: bool) -> None:
     def function(builder: _Builder, x: Ref, size: Sequence[int], *args: Any, **options: Any) -> Ref:
-        terms = math.prod(x.shape[2:]) if adaptive else math.prod(size)
+        made = target(torch.zeros(x.shape, dtype=torch.float64), size, *args, **options)
+        terms = max(math.prod(x.shape[2:]), math.prod(made.shape[2:])) if adaptive else math.prod(size)  # adaptive pools may also spread an entry
         return builder.affine([x], lambda value: target(value, size, *args, **options), terms=terms + 2)
 
     register(target)(function)
@@ -313,6 +322,7 @@ def _relu6(builder: _Builder, x: Ref) -> Ref:
 @register(_A.clamp.default)
 def _clamp(builder: _Builder, x: Ref, low: Number | None = None, high: Number | None = None) -> Ref:
     """`min(x, high)` and then `max(., low)`, as clamp does where the two cross."""
+    low, high = (None if end in (infinity, None) else end for end, infinity in ((low, -math.inf), (high, math.inf)))
     if low is not None and high is not None and low > high:
         raise Refused(f"clamps between {low} and {high}")
     if low is not None and low > -math.inf:

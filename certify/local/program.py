@@ -96,6 +96,34 @@ class Program:
         return tuple(k for k, step in enumerate(self.steps) if isinstance(step, Gate))
 
     @functools.cached_property
+    def growth(self) -> float:
+        """At least what a change of any number is multiplied by on its way to another one, forward or in a gradient, whatever the gates do."""
+        values = [torch.ones(math.prod(self.input_shape), dtype=torch.float64, requires_grad=True)]
+
+        def steep(number: int, gate: Gate, z: Tensor) -> Tensor:
+            values.append(max(map(abs, gate.activation.range)) * z + 1)
+            return values[-1]
+
+        def sized(step: Affine) -> Callable[..., Tensor]:
+            def apply(*inputs: Tensor) -> Tensor:
+                values.append(step.size(*inputs) + 1)
+                return values[-1]
+
+            return apply
+
+        with torch.enable_grad():  # a one is added at every value, so that the last ones, and the gradients of their sum, are for changes anywhere
+            self.run(values[0], steep, sized)
+            total = torch.stack([value.sum() for value in values]).sum()
+        found = torch.autograd.grad(total, values, allow_unused=True)
+        return max(float(value.detach().max()) for value in (*values, *(g for g in found if g is not None)) if value.numel())
+
+    @functools.cached_property
+    def largest_constant(self) -> float:
+        """At least the absolute value of every number that a step adds."""
+        constants = [step.constant for step in self.steps if isinstance(step, Affine) and step.constant is not None]
+        return max((float(constant.max()) for constant in constants if constant.numel()), default=0.0)
+
+    @functools.cached_property
     def last_use(self) -> dict[int, int]:
         """By value: the last step that reads it; no step for the output."""
         uses = {value: k for k, step in enumerate(self.steps) for value in step.inputs}
@@ -250,7 +278,8 @@ def _output(node: torch.fx.Node, values: dict[torch.fx.Node, Any], problems: lis
     if problems:
         raise Unsupported(problems)
     returned = [values[arg] for arg in node.all_input_nodes]
-    if len(returned) != 1 or not isinstance(returned[0], Ref):
+    outputs: Any = node.args[0]
+    if len(outputs) != 1 or len(returned) != 1 or not isinstance(returned[0], Ref):
         raise Unsupported([Problem("output", "forward", "must return one tensor that depends on its input")])
     if len(returned[0].shape) != 2:
         raise Unsupported([Problem("output", "forward", f"returns outputs of shape {returned[0].shape[1:]} for one input; a row of numbers is needed")])
@@ -293,6 +322,7 @@ _EXACT: frozenset[Any] = frozenset(
         _A.view.default, _A.reshape.default, _A.permute.default, _A.transpose.int, _A.t.default, _A.unsqueeze.default, _A.squeeze.dim, _A.squeeze.default,
         _A.select.int, _A.slice.Tensor, _A.expand.default, _A.clone.default, _A.alias.default, _A.detach.default, _A.neg.default, _A.abs.default,
         _A.cat.default, _A.stack.default, _A.flatten.using_ints, _A.lift_fresh_copy.default, _A.detach_.default, _A.zeros.default, _A.full.default,
+        _A.ones.default, _A._assert_tensor_metadata.default,
     }
 )  # fmt: skip
 
@@ -304,9 +334,12 @@ def _check(program: Program, net: nn.Module) -> None:
     for scale in _TRIES:
         x = scale * torch.randn(3, *program.input_shape, generator=generator, dtype=torch.float64)
         own = net(x.clone())
+        if not isinstance(own, Tensor):
+            raise Unsupported([Problem("output", "forward", f"returns {type(own).__name__}; it must return one tensor")])
         made = torch.stack([program.run(row) for row in x])
-        if not bool(torch.isfinite(made).all()):
-            raise CertifyError(f"the network returns NaN or infinite numbers at random inputs of size {scale:g}; load weights of ordinary size")
+        if not torch.isfinite(made).all():
+            raise Unsupported([Problem("", type(net).__name__, f"returns NaN or infinite numbers for inputs of size {scale:g}; rescale its weights")])
         if own.shape != made.shape or not torch.allclose(own, made, rtol=_CLOSE, atol=_CLOSE * (1 + float(made.abs().max()))):
-            why = "gives other outputs than its forward as torch.export sees it; look for random numbers, branches on values, and operations that mix inputs"
+            why = "gives other outputs than its forward as torch.export sees it; look for random numbers, branches on values, operations that mix inputs, and "
+            why += "large numbers that cancel"
             raise Unsupported([Problem("", type(net).__name__, why)])

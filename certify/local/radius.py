@@ -15,17 +15,20 @@ from certify.bound import Array, Assumption, Ball, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
 from certify.local.clarke import bound_jacobian
-from certify.local.condense import condense
+from certify.local.condense import condense, output_range
 from certify.local.crown import upper_bounds
 from certify.local.method import DUAL, program_of
-from certify.local.program import Program
+from certify.local.program import Gate, Program
 from certify.local.region import Region
 from certify.methods import Layerwise
 from certify.rounding import multiply_up, up
 from certify.singly import OneByOne
+from sdp.activation import RELU
+from sdp.proof import gamma
 
-_HALVINGS = 3
-_GROWTH = 1.5  # of a step, where the radius is beyond what the first order says
+_GROWTH = 1.5  # of a step, after one that succeeded
+_NEAREST = 1e-6  # of a step, the smallest that is tried
+_WORK = 1e11  # products for the bounds of the gradients in one ball
 _FARTHEST = 1e9
 
 
@@ -43,7 +46,8 @@ class LocalMargin(OneByOne[Seen]):
 
     From a ball to the next larger one a margin falls by at most the difference of their radii times a bound of its gradient in the larger (the staircase of
     RecurJac, Zhang et al. 2019), and is at least what linear relaxations (CROWN) prove of it there, and what the layers' norms prove everywhere; the largest of
-    the three is kept. The balls grow by one of `steps` parts of the radius that the gradient at the input would give. With a `radius`, the search ends there.
+    the three is kept. The balls grow by about one of `steps` parts of the radius that the gradient at the input would give, by less where that is too far, and
+    the search ends within one of `2 steps` parts of the radius. With a `radius`, it ends there.
     `within` leaves out all inputs with entries outside of a range. Norms: 1, 2 and inf. `seconds` are for each input: what is proved by then is the radius.
     """
 
@@ -52,7 +56,7 @@ class LocalMargin(OneByOne[Seen]):
     norm: float = 2.0
     steps: int = 8
     within: tuple[float, float] | None = None
-    memory: float = 4.0  # GiB
+    memory: float = 1.0  # GiB, for the gates that a ball leaves undecided
     seconds: float = dataclasses.field(default=math.inf, repr=False)  # it changes how much is found, not what a radius means
 
     def __post_init__(self) -> None:
@@ -105,39 +109,37 @@ class _Walk:
         everywhere = np.full(len(self.others), math.inf) if seen.everywhere is None else seen.everywhere[prediction, self.others]
         self.everywhere = torch.from_numpy(np.ascontiguousarray(everywhere))
         self.limit = self.others[0]
+        self.end = time.monotonic() + method.seconds
 
     def to(self, goal: float) -> float:
         """The largest radius that is proved, up to a goal: the margins are positive at every point nearer than that, and at `goal` too where it is reached."""
-        margins, slopes = self.in_ball(0.0)
-        if not bool((margins > 0).all()):
-            return self._limited(margins, slopes, 0.0)
+        start, slopes = self.at_input()
+        if not bool((start > 0).all()):
+            self.limit = self.others[int(start.argmin())]
+            return 0.0
         if math.isfinite(goal) and (found := self._tried(goal)) is not None and bool((found[0] > 0).all()):
             return goal
-        start, end = margins, time.monotonic() + self.method.seconds
-        first = float((margins / slopes.clamp(min=1e-300)).min())
-        step = min(first, 1.0 if math.isinf(first) else first) / self.method.steps
-        radius, best, halvings, taken = 0.0, 0.0, 0, 0
-        while radius < min(goal, _FARTHEST) and time.monotonic() < end:
+        best = self._limited(start, self.everywhere, 0.0)  # what is known without looking around the input
+        first = float((start / slopes.clamp(min=1e-300)).min())
+        usual = (first if math.isfinite(first) else 1.0) / self.method.steps
+        radius, margins, step = 0.0, start, usual
+        while radius < min(goal, _FARTHEST) and time.monotonic() < self.end:
             target = min(radius + step, goal)
-            step = target - radius
-            if not radius < target:
-                break
             found = self._tried(target)
             if found is not None:
                 below, slopes = found
                 slopes = torch.minimum(slopes, self.everywhere)
-                fallen = _down(margins - _up(slopes * step))
+                fallen = _down(margins - _up(slopes * _up(torch.tensor(target - radius, dtype=torch.float64))))
                 after = torch.maximum(torch.maximum(below, fallen), _down(start - _up(self.everywhere * target)))
                 if bool((after > 0).all()):
-                    radius, margins, taken = target, after, taken + 1
-                    step *= _GROWTH if taken > 2 * self.method.steps else 1.0
+                    radius, margins = target, after
+                    step = min(step * _GROWTH, max(usual, radius / 4))
                     continue
                 best = max(best, self._limited(margins, slopes, radius))
-            halvings += 1
-            if halvings > _HALVINGS:
+            step /= 2 if radius > 0 else 4
+            if step < max(best, radius) / (2 * self.method.steps) or step < usual * _NEAREST:
                 break
-            step /= 2
-        return max(best, radius)
+        return min(max(best, radius), goal)
 
     def _limited(self, margins: Tensor, slopes: Tensor, radius: float) -> float:
         """How far the margins reach from a ball with these slopes; notes which comes to an end first."""
@@ -147,20 +149,43 @@ class _Walk:
         return max(0.0, math.nextafter(radius + math.nextafter(float(reach[first]), -math.inf), -math.inf)) if float(reach[first]) > 0 else 0.0
 
     def _tried(self, radius: float) -> tuple[Tensor, Tensor] | None:
-        """None for a ball that leaves too many gates undecided for the memory."""
+        """None for a ball that leaves too many gates undecided for the memory, or for a third of the time that is left."""
         try:
             return self.in_ball(radius)
-        except CertifyError:
+        except (CertifyError, TimeoutError):
             return None
+
+    def at_input(self) -> tuple[Tensor, Tensor]:
+        """At most the margins, and about the size of their gradients."""
+        leaf = torch.from_numpy(self.x.copy()).requires_grad_(True)
+        low, high = output_range(self.program, self.region(0.0))
+        above, below = self.rows.clamp(min=0), self.rows.clamp(max=0)
+        room = 2 * gamma(len(low) + 4) * (self.rows.abs() @ torch.maximum(low.abs(), high.abs()))
+        with torch.enable_grad():
+            y = self.program.run(leaf, lambda _, gate, z: torch.relu(z) if gate.activation == RELU else _leaning(gate, z))
+            slopes = torch.autograd.grad(y, leaf, self.rows, is_grads_batched=True)[0]
+        return _down(above @ low + below @ high - room), torch.linalg.vector_norm(slopes, ord=DUAL[self.method.norm], dim=1)
+
+    def region(self, radius: float) -> Region:
+        """The ball, cut with the range of inputs where there is one."""
+        ball = Region.of(Ball(self.x, radius, self.method.norm), self.x.size)
+        return ball if self.method.within is None else ball.clipped(*self.method.within)
 
     def in_ball(self, radius: float) -> tuple[Tensor, Tensor]:
         """At most the smallest margin to each other class in the closed ball, and at least its Lipschitz constant there."""
-        region = Region.of(Ball(self.x, radius, self.method.norm), self.x.size)
-        if self.method.within is not None:
-            region = region.clipped(*self.method.within)
-        condensed = condense(self.program, region, self.rows, limit=int(self.method.memory * 2**30 / 32))
+        region, now = self.region(radius), time.monotonic()
+        until = now + (self.end - now) / 3
+        condensed = condense(self.program, region, self.rows, limit=int(self.method.memory * 2**30 / 32), until=until)
+        work = len(self.rows) * condensed.undecided**2 * (condensed.undecided / 3 + 2 * len(self.x))
         below = -upper_bounds(condensed.layers, region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
-        return _down(below), bound_jacobian(condensed).row_norms(DUAL[self.method.norm])
+        slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < _WORK else torch.full_like(below, math.inf)
+        return _down(below), slopes
+
+
+def _leaning(gate: Gate, z: Tensor) -> Tensor:
+    """A gate with its slope at z, as a line through the origin: for a gradient, where the value is of no use."""
+    least, most = gate.activation.slopes(*2 * [z.detach().numpy()])
+    return z * torch.from_numpy(np.asarray((least + most) / 2))
 
 
 def _down(values: Tensor) -> Tensor:

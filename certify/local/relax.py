@@ -38,7 +38,7 @@ def _of_relu(low: Tensor, high: Tensor, slope: Tensor | None) -> Lines:
     width = (high - low).clamp(min=_TINY)
     chord = torch.where(on, 1.0, torch.where(off, 0.0, high / width)).clamp(0.0, 1.0)
     ends = torch.maximum(low.clamp(min=0) - chord * low, high.clamp(min=0) - chord * high)
-    shift = torch.where(on | off, 0.0, ends * (1 + _ROOM) + _ROOM * (chord * low).abs() + _TINY)
+    shift = torch.where(on | off, 0.0, ends * (1 + _ROOM) + 2.0**-52 * chord * torch.maximum(-low, high) + _TINY)
     below = (high > -low).double() if slope is None else slope.clamp(0.0, 1.0)
     below = torch.where(on, 1.0, torch.where(off, 0.0, below))
     return Lines(below, torch.zeros_like(low), chord, shift)
