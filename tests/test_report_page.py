@@ -23,7 +23,7 @@ from certify import lipschitz
 from certify.cli import main
 from certify.cli.lipschitz import bound_json
 from certify.errors import CertifyError
-from certify.report import Run, bound_text, curve, histograms, html, plots, radius_text, summarize, svg, usual_radii
+from certify.report import Run, bound_text, curve, histograms, html, plots, radius_text, summarize, usual_radii
 from certify.report.folder import read
 from certify.report.sandwich import sandwiches
 
