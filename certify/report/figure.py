@@ -45,7 +45,7 @@ STYLE = {
     "ytick.color": ink("muted"),
     "xtick.major.size": 0,
     "ytick.major.size": 0,
-    "xtick.major.pad": 6,
+    "xtick.major.pad": 12,
     "ytick.major.pad": 6,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -81,7 +81,7 @@ class Scale:
 
 def scaled(axes: Axes, which: Literal["x", "y"], scale: Scale, label: str) -> None:
     """Gives an axis its ends, its marks and its label."""
-    axes.set(**{f"{which}scale": "log" if scale.log else "linear", f"{which}lim": (scale.low, scale.high), f"{which}label": label})
+    axes.set(**{f"{which}scale": "log" if scale.log else "linear", f"{which}lim": (scale.low, scale.high), f"{which}label": plain(label)})
     axes.minorticks_off()
     marks = scale.marks()
     (axes.set_xticks if which == "x" else axes.set_yticks)(marks, [f"{mark:.6g}" for mark in marks])

@@ -37,7 +37,7 @@ _COLUMNS = 500  # of a step curve
 _MANY = 120  # inputs of a sandwich that are drawn
 _PARTS = 40  # parts of a bound that are drawn
 _ENDLESS = 1e30  # radii beyond it are of margins that cannot change; they are beyond the edge of every drawing
-_LARGEST = 1e300  # beyond it a product is not followed
+_LARGEST = 1e200  # beyond it a product is not followed
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def sandwich(found: Sequence[Between], items: Mapping[str, Shown]) -> Plot:
         )
         for entry in sorted(chosen, key=lambda entry: not entry.contradicted)
     ]
-    return Plot(drawing, _sandwich_caption(found, chosen, y.log), ("input", "label", "certified", "by", "attacked at", "by", "share"), rows)
+    return Plot(drawing, _sandwich_caption(found, chosen, y), ("input", "label", "certified", "by", "attacked at", "by", "share"), rows)
 
 
 def _distance_scale(found: Sequence[Between]) -> Scale:
@@ -164,15 +164,17 @@ def _distance_scale(found: Sequence[Between]) -> Scale:
     return Scale(0, high * 1.05)
 
 
-def _sandwich_caption(found: Sequence[Between], chosen: Sequence[Between], log: bool) -> str:
+def _sandwich_caption(found: Sequence[Between], chosen: Sequence[Between], y: Scale) -> str:
     survived = sum(math.isinf(entry.distance) for entry in found)
     settled = [entry.share for entry in found if math.isfinite(entry.distance) and not entry.contradicted]
     caption = f"{len(found)} inputs that are classified right; a line from the certified radius (filled) to the attack (ring) is what neither settles."
     caption += f" In the median {percent(statistics.median_low(settled))} of the distance is certified." if settled else ""
     caption += f" For {survived} no attack found a point: their lines go to the upper edge." * bool(survived)
+    beyond = sum(y.high < max(entry.radius, entry.distance if math.isfinite(entry.distance) else 0) for entry in chosen)
+    caption += f" {beyond} with a point beyond the upper edge are drawn at it." * bool(beyond)
     caption += f" {len(chosen)} of them are drawn and listed, evenly chosen, with up to {_MANY} contradictions; --json has all." * (len(chosen) < len(found))
     caption += " Red and crossed: an attack within a certified radius, a contradiction." * any(entry.contradicted for entry in found)
-    return caption + " The scale is logarithmic; a radius of 0 is at its lower end." * log
+    return caption + " The scale is logarithmic; a radius of 0 is at its lower end." * y.log
 
 
 def waterfall(parts: Sequence[Mapping[str, Any]], totals: Sequence[tuple[Shown, float]]) -> Plot | None:
@@ -186,7 +188,7 @@ def waterfall(parts: Sequence[Mapping[str, Any]], totals: Sequence[tuple[Shown, 
     low, high = min(max(min(values), most / 1e12) / 1.3, 0.8), most * 1.3
     x = Scale(low, max(high, 10 * low), log=True)
     bars = [(step.before, step.after, "grows" if step.after > step.before else "shrinks", step.depth > 0) for step in drawn]
-    bars += [(1.0, bound, item.colour, True) for item, bound in totals]
+    bars += [(1.0, bound, item.colour, False) for item, bound in totals]
     with sheet(20.0 * len(bars) + 82) as axes:
         scaled(axes, "x", x, "product of the bounds so far (log scale)")
         axes.set(ylim=(len(bars), -1))
