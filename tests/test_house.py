@@ -60,12 +60,12 @@ def test_imports_point_one_way():
 
 
 def test_heavy_imports_wait_until_they_are_used():
-    heavy = {"cvxpy", "scs", "jinja2", "sklearn", "PIL", "triton", "onnx", "onnxruntime", "openvino", "foolbox"}
+    heavy = {"cvxpy", "scs", "matplotlib", "jinja2", "sklearn", "PIL", "triton", "onnx", "onnxruntime", "openvino", "foolbox"}
     homes: dict[str, set[str]] = {}
     for name, path in modules():
         for module in tops(path) & heavy:
             homes.setdefault(module, set()).add(name)
-        assert not tops(path, at_import=True) & (heavy - {"jinja2", "triton"}), name
+        assert not tops(path, at_import=True) & (heavy - {"matplotlib", "jinja2", "triton"}), name
     assert all(len(files) == 1 for files in homes.values()), homes
 
 
@@ -123,7 +123,7 @@ def test_public_names_are_there_and_documented():
 
 @pytest.mark.parametrize("code", ["import certify.cli; certify.cli._parser()", "import sdp", "import certify.report", "import certify.results"])
 def test_these_imports_are_fast(code):
-    slow = "{'torch', 'cvxpy', 'jinja2', 'sklearn', 'PIL'} & set(sys.modules)"
+    slow = "{'torch', 'cvxpy', 'matplotlib', 'jinja2', 'sklearn', 'PIL'} & set(sys.modules)"
     run = subprocess.run([sys.executable, "-c", f"{code}\nimport sys; sys.exit(str(s) if (s := {slow}) else 0)"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
 

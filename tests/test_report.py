@@ -35,6 +35,7 @@ from certify.report import (
     tsv,
     usual_radii,
 )
+from certify.report.figure import INKS
 from certify.report.page import COLOURS, GROUNDS
 from certify.text import parse_radius
 
@@ -327,7 +328,14 @@ def test_the_page_is_whole_and_refers_to_nothing_outside_itself(page):
     found = assert_whole(page)
     drawings = len(re.findall(r"<figure", page))
     assert drawings >= 1 + len(RUNS)
-    assert page.count('role="img"><title>') == drawings  # each says what it is
+    assert len(re.findall(r'role="img" aria-label="[^"]+"', page)) == drawings  # each says what it is
+    known = set(re.findall(r"--([a-z0-9]+):", page))
+    assert set(re.findall(r"var\(--([^)]*)\)", page)) <= known  # colours are the page's, for light and dark
+    assert {*INKS, "c"} <= known
+    assert {found.split(":")[1].strip() for found in re.findall(r"(?:fill|stroke): ?[^;\"]+", page.split("</style>")[1])} <= {
+        "none",
+        *(f"var(--{name})" for name in INKS),
+    }
     assert ("name", "viewport") in found.attributes
 
 
@@ -377,8 +385,13 @@ def test_the_page_begins_with_the_best_proof_and_not_with_a_better_chance():
     assert f"On {percent(summarize(many(), [0.25]).certified[0])} of 360 inputs, proved gives the right answer and certifies that no" in text
 
 
-def test_the_page_is_the_same_every_time(page):
-    assert html(RUNS, RADII, "Four classifiers") == page
+def test_the_page_is_the_same_every_time_and_leaves_settings_alone(page):
+    import matplotlib
+
+    with matplotlib.rc_context({"lines.linewidth": 9, "svg.fonttype": "path", "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        assert html(RUNS, RADII, "Four classifiers") == page
+        assert dict(matplotlib.rcParams) == before
 
 
 def test_hostile_text_stays_text():
@@ -497,8 +510,8 @@ def test_json_has_the_numbers_unrounded_and_nothing_that_json_has_not():
     assert found["notes"]
 
 
-def test_importing_the_report_waits_for_neither_jinja2_nor_torch():
-    code = "import sys, certify.report; print(sorted({'jinja2', 'torch', 'numpy'} & set(sys.modules)))"
+def test_importing_the_report_waits_for_neither_matplotlib_nor_jinja2_nor_torch():
+    code = "import sys, certify.report; print(sorted({'matplotlib', 'jinja2', 'torch', 'numpy'} & set(sys.modules)))"
     root = pathlib.Path(__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=True, capture_output=True, text=True).stdout == "[]\n"
 

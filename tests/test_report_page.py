@@ -23,7 +23,7 @@ from certify import lipschitz
 from certify.cli import main
 from certify.cli.lipschitz import bound_json
 from certify.errors import CertifyError
-from certify.report import Run, bound_text, curve, histograms, html, plots, radius_text, summarize, svg, usual_radii
+from certify.report import Run, bound_text, curve, histograms, html, plots, radius_text, summarize, usual_radii
 from certify.report.folder import read
 from certify.report.sandwich import sandwiches
 
@@ -72,32 +72,38 @@ def words(page):
 # what drawings and their tables claim
 
 
-def steps(path):
-    """A drawn step curve as places and heights."""
-    x, y = map(float, re.match(r"M([\d.]+) ([\d.]+)", path).groups())
-    found = [(x, y)]
-    for across, up in re.findall(r"H([\d.]+)V([\d.]+)", path):
-        found.append((float(across), float(up)))
-    return found
+def corners(path):
+    """The points of a drawn line, or of a filled shape."""
+    return [tuple(map(float, point)) for point in re.findall(r"[ML] (\S+) (\S+)", path)]
 
 
-@pytest.mark.parametrize("seed", range(4))
+def painted(drawing, colour):
+    """The marks in this colour: the beginning of each, with its path where it has one of its own."""
+    return [tag for tag in re.findall(r"<(?:path|use)[^>]*>", drawing) if re.search(rf"(fill|stroke): var\(--{colour}\)", tag)]
+
+
+@pytest.mark.parametrize("seed", range(6))
 def test_a_drawn_curve_of_certificates_is_never_above_the_rows_and_that_of_an_attack_never_below(seed):
     proof = many(seed=seed, count=500, scale=10.0 ** random.Random(seed).uniform(-3, 2))
-    items = shown(proof, attack(proof, seed))
+    far = [many("far", seed, 500, 10.0**4)] if seed > 3 else []  # then the scale is logarithmic
+    items = shown(proof, attack(proof, seed), *far)
     drawing = plots.curves(items, []).drawing
-    paths = re.findall(r'<path class="line [^"]*" d="([^"]*)"><title>', drawing)
-    (left, bottom), right = (min(x for x, _ in steps(paths[0])), 290.0 - svg.BOTTOM), svg.WIDTH - svg.RIGHT
-    end = plots.reach(items)
-    assert len(paths) == 2
-    for item, path, sign in zip(items, paths, (1, -1), strict=True):
-        starts, shares = curve(item.run)
-        drawn = steps(path)
-        for place in range(0, 1000):
+    room = corners(re.search(r'id="curves-A-patch_2">\s*<path d="([^"]*)"', drawing)[1])
+    (left, bottom), (right, top) = room[0], room[2]
+    x = plots._radius_scale(items)
+    assert x.log == bool(far)
+    radii = x.edges(1000)
+    for item, sign in zip(items, (1, -1, 1), strict=False):
+        (path,) = [tag for tag in painted(drawing, item.colour) if "stroke-width: 2" in tag]
+        points, steps = corners(path), curve(item.run)
+        drawn, exact = [], []
+        for place, radius in enumerate(radii):
             across = left + (right - left) * place / 1000
-            height = [y for x, y in drawn if x <= across][-1]
-            share = [share for start, share in zip(starts, shares, strict=True) if start <= end * place / 1000][-1]
-            assert sign * ((bottom - height) / (bottom - svg.TOP) - share) <= 1e-3  # a tenth of a unit of height
+            drawn.append((bottom - [y for x, y in points if x <= across + 1e-5][-1]) / (bottom - top))
+            exact.append([share for start, share in zip(*steps, strict=True) if start <= radius][-1])
+        assert all(sign * (ours - share) <= 1e-6 for ours, share in zip(drawn, exact, strict=True))
+        columns = zip(drawn, exact[2:], strict=False) if sign > 0 else zip(drawn[2:], exact, strict=False)
+        assert all(sign * (ours - share) >= -1e-6 for ours, share in columns)  # and no more than a five hundredth of the width from them
 
 
 def test_the_table_beside_a_curve_has_the_accuracies_of_the_rows():
@@ -128,6 +134,14 @@ def test_a_sandwich_has_the_best_certificate_and_the_nearest_attack_of_each_inpu
     assert sandwiches([attack(many("linf", norm="inf")), weak]) == []
 
 
+def test_a_distance_beyond_the_edge_of_a_sandwich_is_said_to_be():
+    proof = many(count=60)
+    far = attack(proof)
+    next(found for found in far.rows if found["status"] == "attacked")["radius"] = 1e4
+    (((_, _, found),), items) = sandwiches([proof, far]), shown(proof, far)
+    assert "1 with a point beyond the upper edge" in plots.sandwich(found, {item.summary.name: item for item in items}).caption
+
+
 def test_a_contradiction_is_named_and_red_and_the_page_begins_with_nothing_else():
     proof = many("proved", count=40)
     inside = [found["index"] for found in proof.rows if found["status"] == "certified"][:3]
@@ -136,12 +150,14 @@ def test_a_contradiction_is_named_and_red_and_the_page_begins_with_nothing_else(
     page = html([proof, against], [], "t")
     assert len(closer) >= 2
     assert f"{len(closer)} contradictions" in words(page)
-    assert page.count('class="wrong mark"') == page.count('class="wrong gap"') == len(closer)
+    crosses = re.search(r'id="sandwich-A-B-contradictions">(.*?)</g>', page, re.DOTALL)[1]
+    assert crosses.count("<use") == len(closer)
+    assert len([tag for tag in painted(page, "weak") if "stroke-width: 2.5" in tag and "<path" in tag and "clip-path" in tag]) == len(closer)
     for index in closer:
         assert f"input {index}: proved certifies" in words(page)
     assert '<dl class="tiles">' not in page
     assert "does not hold as it stands" in words(page)
-    assert 'class="wrong' not in html([proof, attack(proof)], [], "t")
+    assert "contradictions" not in html([proof, attack(proof)], [], "t")
     assert "does not hold" not in html([proof, attack(proof)], [], "t")
 
 
@@ -150,13 +166,17 @@ def test_a_waterfall_multiplies_parts_and_not_those_inside_of_a_sum():
     plot = plots.waterfall(PARTS, [(item, item.summary.bound) for item in items])
     assert [cells[3] for cells in plot.rows] == ["3", "13.5", "7.5", "6", "13.5", "1.35"]
     assert [cells[0] for cells in plot.rows] == ["0", "1", "\N{MIDDLE DOT} 1.0", "\N{MIDDLE DOT} 1.1", "2", "3"]
-    assert plot.drawing.count("<rect") == 5  # all but the ReLU, which changes nothing
-    assert (plot.drawing.count('class="grows'), plot.drawing.count('class="shrinks"'), plot.drawing.count("inner")) == (4, 1, 2)
+    assert (len(painted(plot.drawing, "grows")), len(painted(plot.drawing, "shrinks"))) == (4, 1)  # all but the ReLU, which changes nothing
+    assert len(painted(plot.drawing, "c0")) == len(painted(plot.drawing, "c1")) == 2  # a bar and an upright line
+    for tag, (before, after) in zip(painted(plot.drawing, "grows"), ((1, 3), (3, 13.5), (3, 7.5), (3, 6)), strict=True):
+        (start, end), (one, three) = sorted({x for x, _ in corners(tag)}), sorted({x for x, _ in corners(painted(plot.drawing, "grows")[0])})
+        assert (end - start) / (three - one) == pytest.approx(math.log(after / before) / math.log(3), abs=1e-6)
+        assert (start - one) / (three - one) == pytest.approx(math.log(before) / math.log(3), abs=1e-6)
     page = html([item.run for item in items], [], "t")
     assert page.count("Lipschitz bound from layer to layer") == 1  # one network, two bounds of it
     assert plots.waterfall([], []) is None
     assert plots.waterfall([{"name": "0", "value": 1e200}] * 9, []).rows[-1][3] == "-"  # beyond what is followed, no number is given
-    assert len(re.findall("<rect", plots.waterfall([{"name": str(i), "value": 2.0} for i in range(90)], []).drawing)) == 40
+    assert len(painted(plots.waterfall([{"name": str(i), "value": 2.0} for i in range(90)], []).drawing, "grows")) == 40
 
 
 def test_a_waterfall_begins_each_branch_where_its_sum_does():
@@ -165,7 +185,7 @@ def test_a_waterfall_begins_each_branch_where_its_sum_does():
     parts = [{"name": how, "depth": depth, "value": float(value), "how": how} for depth, value, how in listed]
     plot = plots.waterfall(parts, [])
     assert [cells[3] for cells in plot.rows] == ["10", "210", "20", "190", "150", "30", "150", "40", "1470"]
-    assert plot.drawing.count("<rect") == 8  # the composition is its parts
+    assert len(painted(plot.drawing, "grows")) == 8  # the composition is its parts
 
 
 def test_a_waterfall_of_a_residual_network_ends_at_its_bound():
@@ -228,9 +248,10 @@ def test_time_and_tightness_are_of_runs_that_certify():
 def test_norms_never_share_a_drawing_or_a_table(tmp_path, capsys):
     runs = [many("two"), many("inf", norm="inf", scale=0.03), many("words", norm="|ln gamma|"), many("two2", 3)]
     page = html(runs, [], "t")
-    drawings = re.findall(r"<title>Accuracy against radius, ([^<]*)</title>", page)
+    drawings = re.findall(r'aria-label="Accuracy against radius, ([^"]*)"', page)
     assert drawings == ["A: two, B: two2", "C: inf", "D: words"]
-    assert [len(re.findall(r'class="line c\d', section.split("<figcaption>")[0])) for section in page.split("<title>Accuracy against radius")[1:]] == [2, 1, 1]
+    sections = [section.split("<figcaption>")[0] for section in page.split('aria-label="Accuracy against radius')[1:]]
+    assert [len({colour for colour in "012345" if painted(section, f"c{colour}")}) for section in sections] == [2, 1, 1]
     sections = page.split("<h2>All runs (")
     assert "r&nbsp;=&nbsp;36/255" in sections[1]
     assert "r&nbsp;=&nbsp;2/255" not in sections[1]
@@ -265,8 +286,11 @@ def test_what_the_inputs_go_through_is_said():
 def test_ten_thousand_inputs_make_a_small_page():
     proof = many("a", 0, 10_000)
     start = time.process_time()
-    page = html([proof, many("b", 1, 10_000), attack(proof, closer=range(0, 10_000, 3))], [], "t")
-    assert len(page) < 500_000
+    runs = [proof, many("b", 1, 10_000), attack(proof, closer=range(0, 10_000, 3)), attack(proof, 1, "again")]
+    page = html(
+        [Run(run.name, run.manifest, [{**found, "margin": 3 * found["radius"] if found["radius"] else 0.1} for found in run.rows]) for run in runs], [], "t"
+    )
+    assert len(page) < 700_000
     assert time.process_time() - start < 20
 
 
@@ -369,7 +393,7 @@ JUNK = [None, True, -1, 0, 1.5, 1e308, math.nan, -math.inf, 10**30, "", "proof",
 def test_whatever_is_in_a_folder_makes_a_page_or_one_sentence(tmp_path, capsys):
     draw = random.Random(0)
     codes = set()
-    for trial in range(120):
+    for trial in range(60):
         run = many(count=4, bound=bound(1.0))
         about, rows = json.loads(json.dumps(run.manifest)), json.loads(json.dumps(run.rows))
         inside = [about, about["model"], about["data"], about["bound"], about["bound"]["parts"][1], about["input"], *rows]
@@ -431,7 +455,7 @@ LOOK = """addEventListener("load", () => {
       const box = svg.getBoundingClientRect();
       const texts = [...svg.querySelectorAll("text")].map(text => ({...text.getBoundingClientRect().toJSON(), text}));
       texts.filter(a => a.left < box.left - 1 || a.right > box.right + 1 || a.bottom > box.bottom + 1).forEach(a => wrong.push("cut: " + a.text.textContent));
-      const marks = texts.filter(one => !one.text.classList.contains("letter"));
+      const marks = texts.filter(one => one.text.style.fontWeight != 700);
       marks.forEach((a, i) => marks.slice(0, i).forEach(b => {
         if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
           wrong.push("covered: " + a.text.textContent + " by " + b.text.textContent);

@@ -1,6 +1,6 @@
 """Results for people: what the rows of some runs say, as a table for the terminal, a page, Cohen's TSV, or JSON. The only place that formats.
 
-Takes plain data (`Run`), knows neither torch nor how a run was made. jinja2 is imported by `html`, when it is called.
+Takes plain data (`Run`), knows neither torch nor how a run was made. matplotlib and jinja2 are imported by `html`, when it is called.
 """
 
 from __future__ import annotations

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import accumulate
 
+from certify.report.figure import Scale, counted, element, ink, scaled, sheet
 from certify.report.plots import Plot, Shown, end_of
 from certify.report.summary import Run, certified_radii, certified_radius, measures_text, number, radius_text
-from certify.report.svg import Axis, Drawing, linear, round_step
 
 _BINS = 20
-_HEIGHT = 240.0
-_WHY = {"misclassified": "wrong", "abstained": "abstained", "ended in an error": "error", "without a point found": "other", "with radius 0": "other"}
+_HEIGHT = 240
+_WHY = {"misclassified": "weak", "abstained": "chance", "ended in an error": "text", "without a point found": "muted", "with radius 0": "muted"}
+_SIDES = {"right": "proof", "wrong": "weak", "without label": "muted"}
 
 Edges = Sequence[tuple[float, float]]
 
@@ -25,25 +27,22 @@ def radii(item: Shown, end: float) -> Plot:
     width, last = edges[0][1] - edges[0][0], edges[-1][1]
     counts = [sum(low < radius <= high for radius in found) for low, high in edges]
     beyond = sum(radius > last for radius in found)
-    x = linear(0, last, f"radius ({measures_text([item.summary.norm])})")
-    x = Axis(-3.5 * width, last, x.label, ((-2 * width, "none"), *x.ticks))
-    drawing = Drawing(
-        f"{'Distances of attacks' if attacked else 'Certified radii'} of {item.summary.name}", x, _counted([*counts, sum(none.values())]), _HEIGHT
-    )
-    for (low, high), count in zip(edges, counts, strict=True):
-        if count:
-            drawing.bar((low + width / 12, 0), (high - width / 12, count), f"{item.colour} fill", f"{count} in ({_edge(low)}, {_edge(high)}]")
-    start = 0
-    for why, count in none.items():
-        drawing.bar((-2.9 * width, start), (-1.1 * width, start + count), f"why {_WHY[why]}", f"{count} {why}")
-        start += count
+    with sheet(_HEIGHT) as axes:
+        scaled(axes, "x", x := Scale(0, last), f"radius ({measures_text([item.summary.norm])})")
+        axes.set(xlim=(-3.5 * width, last))
+        axes.set_xticks([-2 * width, *x.marks()], ["none", *map(_edge, x.marks())])
+        counted(axes, max([1, *counts, sum(none.values())]))
+        axes.bar([(low + high) / 2 for low, high in edges], counts, width * 5 / 6, color=item.ink)
+        axes.bar(-2 * width, list(none.values()), 1.8 * width, list(accumulate(none.values(), initial=0))[:-1], color=[ink(_WHY[why]) for why in none])
+        told = f"{'Distances of attacks' if attacked else 'Certified radii'} of {item.summary.name}"
+        drawing = element(axes, f"radii-{item.letter}", told)
     rows = [(why, str(count)) for why, count in none.items()]
     rows += [(f"{_edge(low)} to {_edge(high)}", str(count)) for (low, high), count in zip(edges, counts, strict=True) if count]
     rows += [(f"above {_edge(last)}", str(beyond))] * bool(beyond)
     what = "an attack changes at which distance" if attacked else "are certified up to which radius"
     told = ", ".join(f"{count} {why}" for why, count in none.items())
     caption = f"How many inputs {what}." + f" Under none: {told}." * bool(told) + f" {beyond} are beyond the right edge." * bool(beyond)
-    return Plot(str(drawing), caption, ("radius", "inputs"), rows)
+    return Plot(drawing, caption, ("radius", "inputs"), rows)
 
 
 def margins(item: Shown) -> Plot | None:
@@ -56,19 +55,19 @@ def margins(item: Shown) -> Plot | None:
     # what is beyond the right edge is in the last interval, a margin of 0 in the first
     places = {side: [max(math.ceil(min(margin / width, len(edges))) - 1, 0) for margin in found] for side, found in sides.items()}
     counts = {side: [found.count(place) for place in range(len(edges))] for side, found in places.items()}
-    x, y = linear(0, edges[-1][1], "margin (units of the logits)"), _counted(count for found in counts.values() for count in found)
-    drawing = Drawing(f"Margins of {item.summary.name}, right and wrong", x, y, _HEIGHT)
-    for place, side in enumerate(counts):
-        for (low, _), count in zip(edges, counts[side], strict=True):
-            at = low + width * (0.06 + 0.88 * place / len(counts))
-            if count:
-                drawing.bar((at, 0), (at + 0.88 * width / len(counts), count), side.split()[0], f"{count} {side}, from {_edge(low)}")
+    with sheet(_HEIGHT) as axes:
+        scaled(axes, "x", Scale(0, edges[-1][1]), "margin (units of the logits)")
+        counted(axes, max([1, *(count for found in counts.values() for count in found)]))
+        for place, side in enumerate(counts):
+            part = 0.88 * width / len(counts)
+            axes.bar([low + 0.06 * width + place * part for low, _ in edges], counts[side], part, align="edge", color=ink(_SIDES[side]))
+        drawing = element(axes, f"margins-{item.letter}", f"Margins of {item.summary.name}, right and wrong")
     table = [
         (f"{_edge(low)} to {_edge(high)}" if low < last else f"from {_edge(low)}", *(str(found[place]) for found in counts.values()))
         for place, (low, high) in enumerate(edges)
     ]
     medians = ", ".join(f"{side} {len(found)} (median {radius_text(statistics.median_low(found))})" for side, found in sides.items() if found)
-    return Plot(str(drawing), f"How far the largest logit is ahead of the next: {medians}. The last bar has all that are larger.", ("margin", *counts), table)
+    return Plot(drawing, f"How far the largest logit is ahead of the next: {medians}. The last bar has all that are larger.", ("margin", *counts), table)
 
 
 def _sides(run: Run) -> dict[str, list[float]]:
@@ -82,19 +81,12 @@ def _sides(run: Run) -> dict[str, list[float]]:
 
 def _edges(end: float) -> list[tuple[float, float]]:
     """Intervals of one round width from 0 to beyond the end."""
-    step = round_step(end / _BINS)
+    step = Scale(0, end).marks(_BINS)[1]
     return [(place * step, (place + 1) * step) for place in range(math.ceil(end / step - 1e-9))]
 
 
 def _edge(number: float) -> str:
     return f"{number:.6g}"
-
-
-def _counted(counts: Iterable[int]) -> Axis:
-    """An axis of whole numbers."""
-    high = max([1, *counts])
-    step = max(1, math.ceil(round_step(high / 4)))
-    return Axis(0, high * 1.02, "inputs", tuple((mark, str(mark)) for mark in range(0, high + 1, step)))
 
 
 def _without(run: Run, attacked: bool) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The runs as one HTML page: plots as inline SVG with their numbers beside them, assumptions, provenance. No script, nothing loaded from elsewhere, the same
 bytes every time.
 
-The only file that imports jinja2; `certify.report.html` imports it when it is called.
+The only file that imports jinja2, as figure.py is of matplotlib; `certify.report.html` imports both when it is called.
 """
 
 from __future__ import annotations
