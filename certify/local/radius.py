@@ -28,6 +28,7 @@ from sdp.proof import gamma
 
 _GROWTH = 1.5  # of a step, after one that succeeded
 _NEAREST = 1e-6  # of a step, the smallest that is tried
+_LOOKED_AT = 8  # margins whose gradients say how large the first ball is
 _WORK = 1e11  # products for the bounds of the gradients in one ball
 _FARTHEST = 1e9
 
@@ -120,7 +121,7 @@ class _Walk:
         if math.isfinite(goal) and (found := self._tried(goal)) is not None and bool((found[0] > 0).all()):
             return goal
         best = self._limited(start, self.everywhere, 0.0)  # what is known without looking around the input
-        first = float((start / slopes.clamp(min=1e-300)).min())
+        first = float((start / slopes.clamp(min=1e-300)).min())  # to the first order
         usual = (first if math.isfinite(first) else 1.0) / self.method.steps
         radius, margins, step = 0.0, start, usual
         while radius < min(goal, _FARTHEST) and time.monotonic() < self.end:
@@ -156,15 +157,19 @@ class _Walk:
             return None
 
     def at_input(self) -> tuple[Tensor, Tensor]:
-        """At most the margins, and about the size of their gradients."""
+        """At most the margins, and about the size of the gradients of the smallest of them; 0 for the others."""
         leaf = torch.from_numpy(self.x.copy()).requires_grad_(True)
         low, high = output_range(self.program, self.region(0.0))
         above, below = self.rows.clamp(min=0), self.rows.clamp(max=0)
         room = 2 * gamma(len(low) + 4) * (self.rows.abs() @ torch.maximum(low.abs(), high.abs()))
+        margins = _down(above @ low + below @ high - room)
+        nearest = margins.argsort()[:_LOOKED_AT]
         with torch.enable_grad():
             y = self.program.run(leaf, lambda _, gate, z: torch.relu(z) if gate.activation == RELU else _leaning(gate, z))
-            slopes = torch.autograd.grad(y, leaf, self.rows, is_grads_batched=True)[0]
-        return _down(above @ low + below @ high - room), torch.linalg.vector_norm(slopes, ord=DUAL[self.method.norm], dim=1)
+            gradients = torch.autograd.grad(y, leaf, self.rows[nearest], is_grads_batched=True)[0]
+        slopes = torch.zeros_like(margins)
+        slopes[nearest] = torch.linalg.vector_norm(gradients, ord=DUAL[self.method.norm], dim=1)
+        return margins, slopes
 
     def region(self, radius: float) -> Region:
         """The ball, cut with the range of inputs where there is one."""
