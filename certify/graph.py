@@ -189,7 +189,11 @@ def _check_trace(net: nn.Module, graph: Graph) -> None:
     module = torch.fx.GraphModule(graph.net, graph.trace)
     for scale, batch in ((0.1, 4), (1.0, 1), (1.0, 4), (10.0, 4), (1e3, 4), (1e6, 4)):  # one input alone too: a forward may ask for that
         x = (scale * torch.randn(batch, *graph.input_shape, generator=generator)).to(dtype)
-        traced, own = module(x.clone()), net(x.clone())
+        try:
+            traced, own = module(x.clone()), net(x.clone())
+        except (RuntimeError, ValueError) as error:  # batch statistics of one input, say; its rule may know why
+            line = (str(error).splitlines() or [""])[0]
+            raise Unsupported([*graph._refusals(skip=()), Problem("", type(net).__name__, f"does not take a batch of {batch}: {line}")]) from error
         if not isinstance(own, torch.Tensor) or not isinstance(traced, torch.Tensor):
             raise Unsupported([Problem("", type(net).__name__, f"returns {type(own).__name__}; it must return one tensor")])
         if not (torch.equal(own.nan_to_num(), traced.nan_to_num()) and torch.equal(own.nan_to_num(), net(x.clone()).nan_to_num())):

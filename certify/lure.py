@@ -427,7 +427,8 @@ def _without_bias(layer: nn.Module) -> nn.Module:
 def _answers(function: Callable[[Tensor], Tensor], shape: Shape) -> Array:  # (outputs, inputs)
     """The matrix of a linear function on inputs of this shape."""
     entries = math.prod(shape)
-    parts = [function(torch.eye(entries, dtype=torch.float64)[k : k + 256].reshape(-1, *shape)).flatten(1) for k in range(0, entries, 256)]
+    rows = torch.eye(entries, dtype=torch.float64).split(256)
+    parts = [function(part.reshape(-1, *shape)).reshape(len(part), -1) for part in rows]
     return np.ascontiguousarray(torch.cat(parts).T.numpy())
 
 
