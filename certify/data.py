@@ -171,12 +171,22 @@ def _npz(spec: str) -> tuple[np.ndarray, np.ndarray]:
             if pair is None:
                 raise DataError(f"{spec}: the arrays in it are {', '.join(sorted(found)) or 'none'}; save the inputs as x and the labels as y (numpy.savez)")
             inputs, labels = (_npy(spec, archive, name) for name in pair)
+            stated = _npy(spec, archive, "range") if "range" in found else None
     except DataError:
         raise
     except Exception as error:  # zipfile, zlib and numpy have no common word for a damaged file: ValueError, struct.error, NotImplementedError, ...
         raise DataError(f"{spec}: the file is damaged or is not a .npz file ({_reason(error)}); save it again with numpy.savez") from error
     _check_labels(spec, inputs, labels)
-    return _pixels(spec, inputs), labels
+    return _pixels(spec, inputs) if stated is None else _measured(spec, inputs, stated), labels
+
+
+def _measured(spec: str, inputs: np.ndarray, stated: np.ndarray) -> np.ndarray:
+    """Numbers that are no pictures, in a range that their file states: as they are, and radii are in their units."""
+    if stated.shape != (2,) or stated.dtype.kind not in "iuf" or not (np.isfinite(stated).all() and stated[0] < stated[1]):
+        raise DataError(f"{spec}: its array 'range' is not a smallest and a larger largest number; save it as numpy.array([low, high])")
+    if inputs.dtype.kind != "f" or not (np.isfinite(inputs).all() and stated[0] <= inputs.min() and inputs.max() <= stated[1]):
+        raise DataError(f"{spec}: inputs of type {inputs.dtype} are not all within the range {stated.tolist()} that the file states; save floats within it")
+    return inputs.astype(np.float32)
 
 
 def _npy(spec: str, archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -226,7 +236,7 @@ def _pixels(spec: str, inputs: np.ndarray) -> np.ndarray:
     if lowest < 0:
         raise DataError(
             f"{spec}: pixels are in [{lowest!s}, {highest!s}]; data must be in [0, 1] before normalisation; "
-            "put the mean and std into the model (lipnet.Normalize) instead"
+            "put the mean and std into the model (lipnet.Normalize) instead, or save an array 'range' beside measurements that are no pictures"
         )
     if highest > 1:
         raise DataError(f"{spec}: pixels are in [{lowest!s}, {highest!s}]; data must be in [0, 1]; save them as uint8, or divide by the largest possible value")

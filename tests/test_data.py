@@ -607,3 +607,13 @@ def test_damaged_files_are_refused_or_read(tmp_path, name):
             assert name in UNPROTECTED or dataset.sha256 == whole.sha256  # with a checksum, what is not refused is unchanged
     assert len(refused) >= 20
     assert all(sentence.startswith(f"{spec}: ") and "\n" not in sentence for sentence in refused)
+
+
+def test_measurements_state_their_range(tmp_path):
+    x, y = np.linspace(-3, 4, 15).reshape(3, 5), np.arange(3)
+    np.savez(tmp_path / "a.npz", x=x, y=y, range=np.array([-3.0, 4.0]))
+    assert (data.load(str(tmp_path / "a.npz"), (5,)).inputs == x.astype(np.float32)).all()
+    for wrong in (np.array([-1.0, 4.0]), np.array([4.0, -3.0]), np.array([0.0]), np.array([-3.0, np.nan])):
+        np.savez(tmp_path / "a.npz", x=x, y=y, range=wrong)
+        with pytest.raises(DataError, match="range"):
+            data.load(str(tmp_path / "a.npz"), (5,))
