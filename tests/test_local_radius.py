@@ -146,3 +146,23 @@ def test_a_folder_of_local_radii_is_proved_again(tmp_path: pathlib.Path, capsys:
     assert "the proof does not reach it" in capsys.readouterr().out
     assert main(["run", str(tmp_path / "net.safetensors"), "digits", "-o", str(tmp_path / "x"), "--steps", "3"]) == Exit.ERROR
     assert "--steps is for --method local" in capsys.readouterr().err
+
+
+def test_the_command_line_bounds_a_ball(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    lipnet.save(net, tmp_path / "net.safetensors", input_shape=(1, 8, 8), input_range=(0.0, 1.0))
+    command = ["lipschitz", str(tmp_path / "net.safetensors"), "--method", "local"]
+    ball = ["--around", "digits", "--index", "2", "--radius", "0.2"]
+    values = {}
+    for how in ("crown", "sdp", "complete"):
+        assert main([*command, *ball, "--how", how, "--json"]) == Exit.DONE
+        values[how] = json.loads(capsys.readouterr().out)["bound"]["value"]
+    assert values["sdp"] <= values["crown"]
+    assert main([*command, *ball, "--norm", "inf"]) == Exit.DONE
+    shown = capsys.readouterr().out
+    assert "(linf to linf, within 0.2 of input 2 of digits in linf; proof, all Jacobians there, row by row, " in shown
+    assert main([*command]) == Exit.ERROR
+    assert "name a ball with --around" in capsys.readouterr().err
+    assert main([*command, *ball, "--norm", "inf", "--how", "sdp"]) == Exit.ERROR
+    assert "take how='crown'" in capsys.readouterr().err

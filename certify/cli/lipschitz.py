@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     around = parser.add_argument_group("with --method lipsdp or local, around one input")
     around.add_argument("--around", metavar="DATA", help="a data set: the bound is for the ball around one of its inputs")
     around.add_argument("--index", type=int, default=0, metavar="I", help="which input (default 0)")
+    around.add_argument(
+        "--how",
+        choices=["auto", "crown", "sdp", "complete"],
+        default="auto",
+        help="local: bounds row by row (crown); from l2, by LipSDP among the gates that are undecided there (sdp; auto, where they are few); or by branch and "
+        "bound until an example meets them (complete, up to --seconds, at most 60)",
+    )
     around.add_argument("--radius", type=radius, metavar="R", help="of the ball, in the norm of --norm")
     parser.add_argument("--layers", action="store_true", help="print the bound of each layer too")
     add_json(parser)
@@ -89,7 +96,7 @@ def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
         if args.method == "frequency":
             made = LipSDPFrequency(args.tolerance, args.seconds)
         elif args.method == "local":
-            made = Local(float(args.norm), pairs=not args.no_pairs)
+            made = Local(float(args.norm), pairs=not args.no_pairs, how=args.how, seconds=min(args.seconds, 60.0))
         return lipschitz(model.net, made, input_shape=model.shape, domain=domain)
     with live() as say:
         method = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
@@ -150,11 +157,16 @@ def _lipsdp_text(bound: Bound) -> str:
 
 def _local_text(bound: Bound) -> str:
     """How the number came about."""
-    from certify.text import up_text
+    from certify.text import down_text, up_text
 
     about = bound.evidence
-    layers = "" if about["layerwise"] is None else f", layer by layer and everywhere {up_text(about['layerwise'])}"
-    return f"all Jacobians there, {about['undecided']} of {about['gates']} gates undecided{layers}"
+    ways = {"crown": "row by row", "sdp": "by LipSDP among the undecided gates", "complete": f"by branch and bound, {about.get('nodes')} nodes"}
+    parts = [f"all Jacobians there, {ways[about['how']]}", f"{about['undecided']} of {about['gates']} gates undecided"]
+    if "lower" in about:
+        parts.append(f"one output reaches {down_text(about['lower'])}{'' if about['done'] else ', the search is not done'}")
+    if about["layerwise"] is not None:
+        parts.append(f"layer by layer and everywhere {up_text(about['layerwise'])}")
+    return ", ".join(parts)
 
 
 def _layers(args: argparse.Namespace, model: Model, bound: Bound) -> list[str]:

@@ -43,7 +43,7 @@ class Local(LipschitzMethod):
     kept of the undecided gates. Raises CertifyError where that is not enough.
 
     `how="crown"` bounds row by row; "sdp", from l2, by LipSDP among the undecided gates too, which is smaller, and takes seconds from 300 of them on; "auto" is
-    "sdp" from l2 where at most 200 gates are undecided, and "crown" otherwise.
+    "sdp" from l2 where at most 200 gates are undecided, and "crown" otherwise; the evidence says which.
 
     `how="complete"`, for gates of two linear pieces, decides them one by one (branch and bound) until the constant of each output meets an example, or
     `seconds` are over; the evidence says how many nodes that took, the largest example, an estimate from below, and whether they meet.
@@ -82,12 +82,16 @@ class Local(LipschitzMethod):
         jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32), steps=self.alpha_steps))
         of_rows = jacobian.row_norms(DUAL[norm])
         evidence: dict[str, Any] = {"gates": jacobian.condensed.total, "undecided": jacobian.condensed.undecided}
-        if self.how == "complete":
+        how = self.how
+        if how == "auto":
+            how = "sdp" if norm == 2 and jacobian.condensed.undecided <= _FEW else "crown"
+        evidence["how"] = how
+        if how == "complete":
             found = search(jacobian.condensed, DUAL[norm], seconds=self.seconds)
             of_rows = torch.minimum(of_rows, found.upper)
             evidence |= {"nodes": found.nodes, "lower": float(found.lower[: program.outputs].max()), "done": found.done}
         value = _of_network(jacobian, of_rows, program.outputs, norm)
-        if norm == 2 and (self.how == "sdp" or (self.how == "auto" and jacobian.condensed.undecided <= _FEW)):
+        if how == "sdp":
             value, of_rows = refined(jacobian.condensed, value, of_rows, program.outputs)
         layers = _layerwise(graph) if norm == 2 else None
         used = value if layers is None else min(value, layers.value)
