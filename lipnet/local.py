@@ -35,6 +35,8 @@ def local_bound(
     """
     if not (radius >= 0 and math.isfinite(radius) and p in (2, math.inf)):
         raise ValueError(f"local_bound is for balls of a finite radius in l2 or l-infinity, got radius={radius}, p={p}")
+    if x.dim() < 2 or not len(x):
+        raise ValueError(f"local_bound has a number for each input of a batch, got inputs of shape {tuple(x.shape)}; give (batch, ...)")
     chain = list(_chain(net, x))
     _fits(len(x) * sum(step.matrix.numel() + len(step.matrix) * x[0].numel() for step in chain))
     slopes = _slopes(chain, x.detach().flatten(1), radius, p)
@@ -90,15 +92,18 @@ def _chain(net: nn.Module, x: Tensor) -> Iterator[_Step]:
 
 
 def _modules(net: nn.Module, where: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules of nested Sequentials, in order. Raises ValueError for one that is not known, with its place."""
-    if type(net) is nn.Sequential:
+    """The modules of nested Sequentials, in order. Raises ValueError for one that is not known, or that does something else, with its place."""
+    kind = type(net)
+    if net._forward_hooks or net._forward_pre_hooks or "forward" in vars(net):
+        raise ValueError(f"local_bound goes by the weights, and {kind.__name__} (at {where or 'the top'}) has hooks or a forward of its own; take them off")
+    if kind is nn.Sequential:
         for name, module in net.named_children():
             yield from _modules(module, f"{where}.{name}" if where else name)
-    elif any(isinstance(net, known) and type(net).forward is known.forward for known in _KNOWN):  # a parametrised Linear has a class of its own
+    elif any(isinstance(net, known) and kind.forward is known.forward for known in _KNOWN):  # a parametrised Linear has a class of its own
         yield where or "the top", net
     else:
         names = ", ".join(known.__name__ for known in _KNOWN)
-        raise ValueError(f"local_bound knows no {type(net).__name__} (at {where or 'the top'}); known, in a Sequential, are {names}")
+        raise ValueError(f"local_bound knows no {kind.__name__} (at {where or 'the top'}); known, in a Sequential, are {names}")
 
 
 def _left(module: nn.Module, like: Tensor) -> Tensor:

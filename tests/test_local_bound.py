@@ -133,7 +133,10 @@ def test_refusals() -> None:
             return 2 * super().forward(x)
 
     x = torch.zeros(2, 4)
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda module, inputs, output: 5 * output)
     for net, message in (
+        (nn.Sequential(nn.ReLU(), hooked), r"Linear \(at 1\) has hooks"),
         (nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Tanh())), r"knows no Tanh \(at 1.0\); known, in a Sequential, are Linear"),
         (nn.Sequential(Odd(4, 4)), "knows no Odd"),
         (nn.Sequential(nn.Flatten(0)), "joins them"),
@@ -141,6 +144,9 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             lipnet.local_bound(net, x, 0.1)
+    for shape in ((4,), (0, 4)):
+        with pytest.raises(ValueError, match=r"give \(batch, \.\.\.\)"):
+            lipnet.local_bound(nn.Sequential(nn.Linear(4, 4)), torch.zeros(shape), 0.1)
     for radius, p in ((-1.0, 2.0), (math.nan, 2.0), (0.1, 1.0)):
         with pytest.raises(ValueError, match="finite radius"):
             lipnet.local_bound(nn.Sequential(nn.Linear(4, 4)), x, radius, p)

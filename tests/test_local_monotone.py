@@ -111,7 +111,7 @@ def test_the_pieces_leave_nothing_out() -> None:
         low = generator.normal(size=3) * 10.0 ** generator.integers(-300, 300, size=3)
         high = np.maximum(low, low + generator.uniform(size=3) * np.abs(low))
         boxes = list(module._pieces(certify.Box(low, high), pieces, None, 3))
-        cut = int(np.argmax(high - low))
+        cut = int(np.argmax(high / 2 - low / 2))
         assert len(boxes) == pieces
         assert (boxes[0].low == low).all()
         assert (boxes[-1].high == high).all()
@@ -146,7 +146,9 @@ def test_refusals() -> None:
         ({"rows": [[1.0, -1.0, 0.0]]}, r"rows are \(rows, 2\)"),
         ({"rows": [[math.nan, 1.0]]}, "finite numbers"),
         ({"rows": [[1.0], [2.0, 3.0]]}, "rows are"),
-        ({"pieces": 0}, "at least one piece"),
+        ({"pieces": 0}, "at least one, got pieces=0"),
+        ({"pieces": 2.5, "domain": box}, "whole number of pieces"),
+        ({"pieces": 2, "domain": certify.Box(np.full(5, -1e308), np.full(5, 1e308))}, "too long to be cut"),
         ({"pieces": 2}, "only a Box is cut"),
         ({"memory": 0.0}, "memory is a positive"),
         ({"memory": 1e-9, "domain": box}, "more memory"),

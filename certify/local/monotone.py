@@ -110,8 +110,8 @@ def _rows(program: Program, rows: ArrayLike | None) -> Tensor:
 
 def _pieces(domain: Domain, pieces: int, along: int | None, inputs: int) -> Iterator[Domain]:
     """The domain, or the parts of a Box between neighbouring edges; the ends of neighbours are the same number, so no input is left out."""
-    if pieces < 1:
-        raise CertifyError(f"a Box is cut into at least one piece, got pieces={pieces}")
+    if pieces < 1 or pieces != int(pieces):
+        raise CertifyError(f"a Box is cut into a whole number of pieces, at least one, got pieces={pieces}")
     if along is not None and not 0 <= along < inputs:
         raise CertifyError(f"along is an entry of the flat input, 0 to {inputs - 1}, got along={along}")
     if pieces == 1:
@@ -121,7 +121,9 @@ def _pieces(domain: Domain, pieces: int, along: int | None, inputs: int) -> Iter
         raise CertifyError(f"only a Box is cut into pieces, got a {type(domain).__name__}; pass certify.Box(low, high) that contains it")
     Region.of(domain, inputs)  # refuses one that is not finite, or of another size
     low, high = (np.array(end, dtype=np.float64).ravel() for end in (domain.low, domain.high))
-    entry = int(np.argmax(high - low)) if along is None else along
+    entry = int(np.argmax(high / 2 - low / 2)) if along is None else along
+    if high[entry] / 2 - low[entry] / 2 > 2.0**1020:
+        raise CertifyError(f"an edge from {low[entry]:g} to {high[entry]:g} is too long to be cut in float64; take a smaller Box")
     edges = low[entry] + (high[entry] - low[entry]) * np.linspace(0, 1, pieces + 1)
     edges[-1] = high[entry]
     for start, stop in itertools.pairwise(np.minimum(edges, high[entry])):
