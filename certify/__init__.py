@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from certify.graph import Graph as Graph
     from certify.lipsdp import LipSDP as LipSDP
     from certify.local.method import Local as Local
+    from certify.local.monotone import Monotone as Monotone
+    from certify.local.monotone import monotone as monotone
     from certify.local.radius import LocalMargin as LocalMargin
     from certify.lowrank import LowRank as LowRank
     from certify.margins import Margin as Margin
@@ -47,7 +49,7 @@ _HOME = {
     "LipSDPFrequency": "frequency",
     "Graph": "graph",
     "LipSDP": "lipsdp",
-    "Local": "local.method", "LocalMargin": "local.radius",
+    "Local": "local.method", "LocalMargin": "local.radius", "Monotone": "local.monotone", "monotone": "local.monotone",
     "Layerwise": "methods", "lipschitz": "methods",
     "register": "registry", "register_head": "registry",
     "LowRank": "lowrank",

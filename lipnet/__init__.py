@@ -46,6 +46,7 @@ from lipnet.layers import ScaledAvgPool2d as ScaledAvgPool2d
 from lipnet.layers import SLLConv2d as SLLConv2d
 from lipnet.layers import SLLLinear as SLLLinear
 from lipnet.layers import UnitRowLinear as UnitRowLinear
+from lipnet.local import local_bound as local_bound
 from lipnet.losses import EMMA as EMMA
 from lipnet.losses import LogitAnnealing as LogitAnnealing
 from lipnet.losses import OffsetCrossEntropy as OffsetCrossEntropy

@@ -95,3 +95,11 @@ def test_train_mnist(tmp_path):
     out = tmp_path / "out"
     script("train_mnist.py", mnist(tmp_path / "data"), "-o", out, "--width", 16, "--epochs", 6, "--batch", 16)
     assert np.mean([row["prediction"] == row["label"] for row in certified(out)]) > 0.6
+
+
+def test_monotone_features():
+    done = script("monotone_features.py", "--epochs", 20, "--patients", 1, "--pieces", 2, "--within", 0.05)
+    assert "worst perimeter" in done.stdout
+    assert float(done.stdout.split("relu network, ")[1].split(" %")[0]) > 85
+    for question in ("within 0.05", "over its range"):
+        assert float(done.stdout.split(f"{question}: ")[1].split(" %")[0]) > 40
