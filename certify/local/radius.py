@@ -30,6 +30,7 @@ _GROWTH = 1.5  # of a step, after one that succeeded
 _NEAREST = 1e-6  # of a step, the smallest that is tried
 _LOOKED_AT = 8  # margins whose gradients say how large the first ball is
 _WORK = 1e11  # products for the bounds of the gradients in one ball
+_RATE = 2e9  # of them in a second, where time is short
 _FARTHEST = 1e9
 
 
@@ -183,7 +184,7 @@ class _Walk:
         condensed = condense(self.program, region, self.rows, limit=int(self.method.memory * 2**30 / 32), until=until)
         work = len(self.rows) * condensed.undecided**2 * (condensed.undecided / 3 + 2 * len(self.x))
         below = -upper_bounds(condensed.layers, region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
-        slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < _WORK else torch.full_like(below, math.inf)
+        slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < min(_WORK, _RATE * (until - now)) else torch.full_like(below, math.inf)
         return _down(below), slopes
 
 

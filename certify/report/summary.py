@@ -17,6 +17,7 @@ SCHEMA = 1
 GUARANTEES = ("proof", "probabilistic", "attack", "estimate")  # from the strongest to the weakest
 MISSING = "-"
 USUAL = {"2": (36 / 255, 72 / 255, 108 / 255, 1.0), "inf": (1 / 255, 2 / 255, 8 / 255)}  # the radii at which published tables give accuracies
+_ENOUGH = 10  # inputs, for a word about their accuracy
 
 
 @dataclass(frozen=True)
@@ -226,9 +227,9 @@ def _labelled(run: Run) -> bool:
 
 
 def _near_chance(clean: float, run: Run) -> bool:
-    """Below twice the accuracy of guessing, or for two classes below 60 %."""
+    """Below twice the accuracy of guessing, or for two classes below 60 %; nothing is said of fewer than ten inputs."""
     labels = {row.get("label") for row in run.rows} - {None}
-    return len(labels) > 1 and clean < min(2 / len(labels), 0.6)
+    return len(run.rows) >= _ENOUGH and len(labels) > 1 and clean < min(2 / len(labels), 0.6)
 
 
 def _share_beyond(ordered: Sequence[float], radius: float) -> float:
