@@ -13,7 +13,7 @@ import logging
 import math
 import operator
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -183,23 +183,29 @@ def _checked(net: nn.Module, region: Region, center: Tensor, seen: Tensor) -> tu
 
 def propagate(net: nn.Module, center: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As auto_LiRPA (CROWN) returns them, for a network of one output: its gradient at the center, bounds of all entries on the box, and of their l1 norm."""
-    with _quiet():
-        try:
+    try:
+        with _quiet(center.dtype):
             jacobian = _bounded(_Jacobian(net, norm=False), center)
             ends = jacobian.compute_jacobian_bounds(_box(center, low, high), optimize=False)
-            found = (jacobian(center), *ends, l1_norm(net, center, low, high))
-        except Exception as error:  # whatever a graph that it does not know raises
-            line = (str(error).splitlines() or [""])[0]
-            raise CertifyError(f'auto_LiRPA cannot bound the Jacobian of this network ({type(error).__name__}: {line}); take backend="own"') from error
-        at_center, least, most, total = (part.detach().flatten() for part in found)
-        return at_center, least, most, total[0]
+            at_center = jacobian(center)
+        total = l1_norm(net, center)(low, high)
+    except Exception as error:  # whatever a graph that it does not know raises
+        line = (str(error).splitlines() or [""])[0]
+        raise CertifyError(f'auto_LiRPA cannot bound the Jacobian of this network ({type(error).__name__}: {line}); take backend="own"') from error
+    return at_center.detach().flatten(), ends[0].detach().flatten(), ends[1].detach().flatten(), total
 
 
-def l1_norm(net: nn.Module, center: Tensor, low: Tensor, high: Tensor, optimize: bool = False) -> Tensor:
-    """The bound of the l1 norm of the gradient alone; `optimize` the slopes (alpha-CROWN)."""
-    with _quiet():
+def l1_norm(net: nn.Module, center: Tensor, optimize: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """What bounds the l1 norm of the gradient of a network of one output on boxes around a center; `optimize` its slopes (alpha-CROWN)."""
+    with _quiet(center.dtype):
         norm = _bounded(_Jacobian(net, norm=True), center)
-        return norm.compute_jacobian_bounds(_box(center, low, high), optimize=optimize, bound_lower=False)[1].detach()
+
+    def bound(low: Tensor, high: Tensor) -> Tensor:
+        with _quiet(center.dtype):
+            found = norm.compute_jacobian_bounds(_box(center, low, high), optimize=optimize, bound_lower=False)[1]
+            return found.detach().flatten()[0]
+
+    return bound
 
 
 def _bounded(module: nn.Module, center: Tensor) -> Any:
@@ -243,10 +249,10 @@ def _lirpa() -> _Names:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Float64 by default, which its graphs of gradients are made in, and none of torch's warnings of how it traces."""
+def _quiet(dtype: torch.dtype) -> Iterator[None]:
+    """The default dtype, which its graphs of gradients are made in, and none of torch's warnings of how it traces."""
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(dtype)
     try:
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
