@@ -13,6 +13,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import itertools
 import math
 import statistics
 import subprocess
@@ -36,8 +37,8 @@ from certify.local.region import Region
 NETS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "MLP 784-100-100-10": (lambda: mlp(784, 100, 100, 10), (784,)),
     "MLP 784-256-256-256-10": (lambda: mlp(784, 256, 256, 256, 10), (784,)),
-    "CNN 2C2F, 1x28x28": (lambda: cnn((1, 8, 16), 784, 28), (1, 28, 28)),
-    "CNN 3C2F, 3x32x32": (lambda: cnn((3, 16, 32, 32), 512, 32), (3, 32, 32)),
+    "CNN 2C2F, 1x28x28": (lambda: cnn((1, 8, 16), 784), (1, 28, 28)),
+    "CNN 3C2F, 3x32x32": (lambda: cnn((3, 16, 32, 32), 512), (3, 32, 32)),
 }
 RADII = {"0.5/255": 0.5 / 255, "2/255": 2 / 255}
 # By activation, sizes, seed and radius: the largest l1 norms of the gradients of all outputs, by enumeration of all linear pieces.
@@ -61,13 +62,13 @@ print(*here.large())
 
 def mlp(*sizes: int) -> nn.Sequential:
     """Dense layers with ReLU."""
-    layers = [layer for into, out in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(into, out), nn.ReLU())]
+    layers = [layer for into, out in itertools.pairwise(sizes) for layer in (nn.Linear(into, out), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 
-def cnn(channels: Sequence[int], features: int, size: int) -> nn.Sequential:
+def cnn(channels: Sequence[int], features: int) -> nn.Sequential:
     """Convolutions of 4 x 4 and stride 2, then a dense layer of 100."""
-    layers = [layer for into, out in zip(channels, channels[1:], strict=False) for layer in (nn.Conv2d(into, out, 4, 2, 1), nn.ReLU())]
+    layers = [layer for into, out in itertools.pairwise(channels) for layer in (nn.Conv2d(into, out, 4, 2, 1), nn.ReLU())]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, 100), nn.ReLU(), nn.Linear(100, 10))
 
 
@@ -230,7 +231,7 @@ def beside_others(name: str, where: str, quick: bool) -> list[Row]:
     net, x = made(make, shape)
     program, region = Program.of(net, shape), around(x, radius)
     found, undecided = ours(program, region)
-    took = timed(lambda: ours(program, region), 1 if quick else 5)
+    took = timed(lambda: ours(program, region), 1 if quick else 3)
     plain = Uncondensed(net, x, radius)
     start = time.perf_counter()
     norms = plain.row_norms()
@@ -241,23 +242,23 @@ def beside_others(name: str, where: str, quick: bool) -> list[Row]:
         Row(f"{what}: largest constant, ours / all neurons", float(found.max()), float(norms.max()), "<= 1.000001"),
     ]
     if importlib.util.find_spec("auto_LiRPA"):
-        single, row = first_row(net, x, torch.float32)
+        single = first_row(net, x, torch.float32)
         seconds = 10 * timed(lambda: single(region.center.float() - radius, region.center.float() + radius), 1)
-        exact, _ = first_row(net, x, torch.float64)
+        exact = first_row(net, x, torch.float64)
         theirs = exact(region.center + region.low, region.center + region.high)
         rows.append(Row(f"{what}: seconds, ours / auto_LiRPA, CROWN (10 x one output)", took, seconds, "<= 0.05"))
         rows.append(Row(f"{what}: constant of the first output, ours / auto_LiRPA, CROWN", float(found[0]), float(theirs), "<= 1.000001"))
     return rows
 
 
-def first_row(net: nn.Sequential, x: Tensor, dtype: torch.dtype) -> tuple[Callable[[Tensor, Tensor], Tensor], nn.Module]:
+def first_row(net: nn.Sequential, x: Tensor, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """auto_LiRPA's bound of the first output, of the layers as they stand."""
     one = copy.deepcopy(net).to(dtype)
     last = one[-1]
     row = nn.Linear(last.in_features, 1, dtype=dtype)
     row.weight.data, row.bias.data = last.weight.data[:1], last.bias.data[:1]
     one = nn.Sequential(*list(one)[:-1], row)
-    return _lirpa.l1_norm(one, x.to(dtype)), one
+    return _lirpa.l1_norm(one, x.to(dtype))
 
 
 def large() -> tuple[float, float, float, float, float]:
@@ -281,14 +282,17 @@ def paper() -> list[Row]:
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, check=True).stdout.split()
     _, took, undecided, used, allowed = (float(word) for word in done)
     what = f"cnn_4layer_stride1_padding0 (54,144 ReLUs) at 0.25/255, {undecided:.0f} undecided"
-    return [Row(f"{what}: seconds / one minute", took, 60.0, "<= 0.5"), Row(f"{what}: GiB at the peak / 4 (inputs U + U^2 + batch) x 8 bytes", used, allowed, "<= 1")]
+    return [
+        Row(f"{what}: seconds / one minute", took, 60.0, "<= 0.5"),
+        Row(f"{what}: GiB at the peak / 4 (inputs U + U^2 + batch) x 8 bytes", used, allowed, "<= 1"),
+    ]
 
 
 def reference(kind: str, sizes: tuple[int, ...], seed: int) -> tuple[nn.Sequential, Tensor]:
     """A network whose pieces were enumerated, from numpy's generator."""
     rng = np.random.default_rng(seed)
     layers: list[nn.Module] = []
-    for into, out in zip(sizes, sizes[1:], strict=False):
+    for into, out in itertools.pairwise(sizes):
         layer = nn.Linear(into, out, dtype=torch.float64)
         layer.weight.data = torch.from_numpy(math.sqrt(2 / into) * rng.standard_normal((out, into)))
         layer.bias.data = torch.from_numpy(0.1 * rng.standard_normal(out))

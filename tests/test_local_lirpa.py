@@ -21,7 +21,7 @@ def box(shape, radius, seed=0):
 
 
 def both(net, shape, domain, norm=None):
-    made = (certify.Local(norm, pairs=True, backend=backend) for backend in ("own", "auto_lirpa"))
+    made = (certify.Local(norm, how="crown", alpha_steps=0, backend=backend) for backend in ("own", "auto_lirpa"))
     return tuple(certify.lipschitz(net.double().eval(), method, input_shape=shape, domain=domain) for method in made)
 
 
@@ -142,6 +142,8 @@ def test_refusals(monkeypatch):
         certify.lipschitz(net, certify.Local(backend="auto_lirpa"), input_shape=(5,), domain=ball)
     with pytest.raises(certify.CertifyError, match='"own" and "auto_lirpa", got backend=\'mine\''):
         certify.Local(backend="mine")
+    with pytest.raises(certify.CertifyError, match="take backend=\"own\" for how='complete'"):
+        certify.Local(how="complete", backend="auto_lirpa")
     with pytest.raises(certify.CertifyError, match="is for ReLU and what is made of it, not for gelu"):
         _lirpa.dense(Program.of(nn.Sequential(nn.Linear(5, 5), nn.GELU()).double(), (5,)), 2**20)
     with pytest.raises(certify.CertifyError, match='more than 100 numbers for the maps between the gates; take backend="own"'):
