@@ -163,5 +163,5 @@ def test_dense_maps_are_the_network():
         sums = _lirpa.dense(Program.of(lipnet.freeze(net), shape), 2**24)
         x = torch.randn(4, *shape, dtype=torch.float64)
         for k, row in enumerate(torch.eye(net(x).shape[1], dtype=torch.float64)):
-            made = _lirpa._row_of(sums, row)
+            made = _lirpa.row_of(sums, row)
             assert torch.allclose(made(x.flatten(1))[:, 0], net(x)[:, k], rtol=1e-12, atol=1e-12)

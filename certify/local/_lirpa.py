@@ -100,7 +100,7 @@ def bound_jacobian(program: Program, net: nn.Module, domain: Domain, rows: Tenso
     seen = torch.einsum("ro,poi->pri", rows, _gradients(net, points, program.input_shape))
     found = []
     for row, jacobians in zip(rows, seen.unbind(1), strict=True):
-        found.append(_checked(_row_of(sums, row), region, points[:1], jacobians))
+        found.append(_checked(row_of(sums, row), region, points[:1], jacobians))
     low, high, total = (torch.stack(parts) for parts in zip(*found, strict=True))
     return Propagated(low, high, total)
 
@@ -144,7 +144,8 @@ def _maps(z: Tensor, leaves: list[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
     return made or {0: (torch.zeros(len(z), len(leaves[0]), dtype=torch.float64), constant)}
 
 
-def _row_of(sums: list[dict[int, tuple[Tensor, Tensor]]], row: Tensor) -> Gated:
+def row_of(sums: list[dict[int, tuple[Tensor, Tensor]]], row: Tensor) -> Gated:
+    """The module of one row of the outputs."""
     last = {source: (row[None] @ matrix, row[None] @ constant) for source, (matrix, constant) in sums[-1].items()}
     return Gated([{source: _linear(*maps) for source, maps in parts.items()} for parts in (*sums[:-1], last)])
 
