@@ -38,6 +38,10 @@ class Assumption(enum.Enum):
         "An output of the network depends on its own input alone, not on the rest of a batch, and is the same at every call; "
         "that is tried on some batches, not proved."
     )
+    FOREIGN_ROUNDING = (
+        "The bound is what auto_LiRPA computed in float64, without rounding anything outwards: it was widened by 1e-9 of its largest entry and compared with "
+        "gradients at a few inputs, but its rounding errors are not accounted for."
+    )
     PUBLISHED_LOG = "The log states what its code computed, with the setting that is given here; it has no counts, so nothing was computed again."
     INPUT_RANGE = "Only inputs whose entries all lie in the stated range are considered; others may be nearer and are not."
     EVAL_MODE = "The network runs in eval mode, as it did when it was certified."

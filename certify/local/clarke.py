@@ -18,7 +18,7 @@ from certify.local.condense import Condensed
 from certify.local.relax import Lines, of_product
 from sdp.proof import gamma
 
-_CHUNK = 2**24  # numbers in one batch of forms
+_CHUNK = 2**18  # numbers in one batch of forms: they stay in the cache of the processor
 _MUCH = 2.0**-33  # of slack, beside the largest gradient to a gate
 
 

@@ -29,7 +29,7 @@ from sdp.proof import gamma
 _TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, of 2^30, times the square of _GROWTH and _REACH
 _GROWTH = 2.0**200
 _REACH = 2.0**100
-_CHUNK = 2**24  # numbers in the rows of one batch of gradients
+_CHUNK = 2**22  # numbers in the rows of one batch of gradients
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

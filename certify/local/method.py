@@ -15,9 +15,11 @@ from torch import Tensor
 from certify.bound import Array, Assumption, Ball, Bound, Domain, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
+from certify.local import _lirpa
+from certify.local._lirpa import Propagated
 from certify.local.bab import search
 from certify.local.clarke import Jacobian, bound_jacobian
-from certify.local.condense import condense
+from certify.local.condense import Condensed, condense
 from certify.local.lipsdp import refined
 from certify.local.program import Program
 from certify.local.region import Region
@@ -27,6 +29,7 @@ from certify.spectral import largest_singular_value
 from sdp.proof import gamma
 
 _programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary()
+_ASSUMED = {"own": frozenset({Assumption.FLOAT64_LINALG}), "auto_lirpa": frozenset({Assumption.FLOAT64_LINALG, Assumption.FOREIGN_ROUNDING})}
 _HOW = ("auto", "crown", "sdp", "complete")
 _FEW = 200  # undecided gates, for which LipSDP takes about a second
 DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
@@ -47,6 +50,9 @@ class Local(LipschitzMethod):
 
     `how="complete"`, for gates of two linear pieces, decides them one by one (branch and bound) until the constant of each output meets an example, or
     `seconds` are over; the evidence says how many nodes that took, the largest example, an estimate from below, and whether they meet.
+
+    `backend="auto_lirpa"` takes the bounds of auto_LiRPA (CROWN, row by row) on a Box or a Ball in l-infinity, where it is installed, for a second opinion:
+    FOREIGN_ROUNDING is among its assumptions.
     """
 
     norm: float | None = None
@@ -55,14 +61,19 @@ class Local(LipschitzMethod):
     alpha_steps: int = 10
     memory: float = 4.0
     seconds: float = 60.0
+    backend: str = "own"
 
     def __post_init__(self) -> None:
+        if self.backend not in ("own", "auto_lirpa"):
+            raise CertifyError(f'the backends are "own" and "auto_lirpa", got backend={self.backend!r}')
         if self.norm not in (None, 1, 2, math.inf):
             raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
         if self.alpha_steps < 0:
             raise CertifyError(f"alpha_steps is 0 or more, got {self.alpha_steps}")
         if not self.memory > 0:
             raise CertifyError(f"memory is a positive number of GiB, got memory={self.memory}")
+        if self.backend == "auto_lirpa" and self.how not in ("auto", "crown"):
+            raise CertifyError(f'backend="auto_lirpa" bounds row by row alone; take backend="own" for how={self.how!r}')
         if self.how not in _HOW:
             raise CertifyError(f"how is one of {', '.join(map(repr, _HOW))}, got {self.how!r}")
         if not self.seconds > 0:
@@ -79,20 +90,13 @@ class Local(LipschitzMethod):
         single = torch.eye(program.outputs, dtype=torch.float64)
         differences = list(itertools.combinations(range(program.outputs), 2)) if self.pairs else []
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
-        jacobian = bound_jacobian(condense(program, region, rows, limit=int(self.memory * 2**30 / 32), steps=self.alpha_steps))
-        of_rows = jacobian.row_norms(DUAL[norm])
-        evidence: dict[str, Any] = {"gates": jacobian.condensed.total, "undecided": jacobian.condensed.undecided}
-        how = self.how
-        if how == "auto":
-            how = "sdp" if norm == 2 and jacobian.condensed.undecided <= _FEW else "crown"
-        evidence["how"] = how
-        if how == "complete":
-            found = search(jacobian.condensed, DUAL[norm], seconds=self.seconds)
-            of_rows = torch.minimum(of_rows, found.upper)
-            evidence |= {"nodes": found.nodes, "lower": float(found.lower[: program.outputs].max()), "done": found.done}
-        value = _of_network(jacobian, of_rows, program.outputs, norm)
-        if how == "sdp":
-            value, of_rows = refined(jacobian.condensed, value, of_rows, program.outputs)
+        limit = int(self.memory * 2**30 / 32)
+        if self.backend == "own":
+            value, of_rows, evidence = self._own(condense(program, region, rows, limit=limit, steps=self.alpha_steps), program.outputs, norm)
+        else:
+            foreign = _lirpa.bound_jacobian(program, graph.double, domain, rows, limit)
+            of_rows, evidence = foreign.row_norms(DUAL[norm]), {"how": "auto_LiRPA"}
+            value = _of_network(foreign, of_rows, program.outputs, norm)
         layers = _layerwise(graph) if norm == 2 else None
         used = value if layers is None else min(value, layers.value)
         return Bound(
@@ -100,11 +104,28 @@ class Local(LipschitzMethod):
             method=repr(self),
             norm=(norm, math.inf if norm == math.inf else 2),
             domain=domain,
-            assumptions=frozenset({Assumption.FLOAT64_LINALG}) | (frozenset() if layers is None else layers.assumptions),
+            assumptions=_ASSUMED[self.backend] | (frozenset() if layers is None else layers.assumptions),
             evidence={**evidence, "layerwise": None if layers is None else layers.value},
             parts=layers.parts if layers is not None and used < value else (),
             pairs=_pairs(used, of_rows[program.outputs :].numpy(), differences, program.outputs, norm),
         )
+
+    def _own(self, condensed: Condensed, outputs: int, norm: float) -> tuple[float, Tensor, dict[str, Any]]:
+        """Of the network, of each row, and what is to be known of them."""
+        jacobian = bound_jacobian(condensed)
+        of_rows = jacobian.row_norms(DUAL[norm])
+        how = self.how
+        if how == "auto":
+            how = "sdp" if norm == 2 and condensed.undecided <= _FEW else "crown"
+        evidence: dict[str, Any] = {"gates": condensed.total, "undecided": condensed.undecided, "how": how}
+        if how == "complete":
+            found = search(condensed, DUAL[norm], seconds=self.seconds)
+            of_rows = torch.minimum(of_rows, found.upper)
+            evidence |= {"nodes": found.nodes, "lower": float(found.lower[:outputs].max()), "done": found.done}
+        value = _of_network(jacobian, of_rows, outputs, norm)
+        if how == "sdp":
+            value, of_rows = refined(condensed, value, of_rows, outputs)
+        return value, of_rows, evidence
 
 
 def program_of(graph: Graph) -> Program:
@@ -121,7 +142,7 @@ def spectral_norm(low: Tensor, high: Tensor) -> float:
     return up(largest_singular_value(middle) + largest_singular_value(reach))
 
 
-def _of_network(jacobian: Jacobian, of_rows: Tensor, outputs: int, norm: float) -> float:
+def _of_network(jacobian: Jacobian | Propagated, of_rows: Tensor, outputs: int, norm: float) -> float:
     """The constant of all outputs together."""
     of_rows = of_rows[:outputs]
     if norm == math.inf:
