@@ -1,9 +1,10 @@
 """The documentation is true: its transcripts are what the commands print, its commands are read, and the fields it lists are those that are written.
 
-A block ```console of README.md or docs/ is a transcript. Commands begin with `$ `, what follows is what they print, stdout and stderr together. The blocks of a page
-run one after the other in one folder, in this process, where blocks ```python that begin with `# NAME.py` are files of that name. `$ echo $?` is the exit code, which is 0
-where it is not shown. White space is not compared; `...` stands for anything; a decimal number for numbers near it, as training and eigenvalues differ from machine
-to machine; all other text is exact. `needs=PACKAGE` leaves a block out where that is not installed, `no-run` always: for what takes minutes, or files of others.
+A block ```console of README.md or docs/ is a transcript. Commands begin with `$ `, what follows is what they print, stdout and stderr together. The blocks
+of a page run one after the other in one folder, in this process, where blocks ```python that begin with `# NAME.py` are files of that name. `$ echo $?` is
+the exit code, which is 0 where it is not shown. White space is not compared; `...` stands for anything; a decimal number for numbers near it, as training
+differs from machine to machine; all other text is exact. `needs=PACKAGE` leaves a block out where that is not installed, `no-run` always: for what takes
+minutes, or files of others.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from certify.cli import _parser, console, main
+import lipnet
+from certify.cli import Exit, _parser, console, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +80,8 @@ def words_of(text):
 
 def like(shown, printed, share):
     """Whether a word is the one that is shown; of a share, the next is `%`."""
-    pattern = "".join(f"({_NUMBER.pattern})" if _NUMBER.fullmatch(part) else re.escape(part).replace(r"\.\.\.", ".*?") for part in re.split(f"({_NUMBER.pattern})", shown))
+    parts = re.split(f"({_NUMBER.pattern})", shown)
+    pattern = "".join(f"({_NUMBER.pattern})" if _NUMBER.fullmatch(part) else re.escape(part).replace(r"\.\.\.", ".*?") for part in parts)
     match = re.fullmatch(pattern, printed)
     pairs = zip(_NUMBER.findall(shown), match.groups(), strict=True) if match else ()
     near = SHARES if share else 0.0
@@ -163,3 +168,105 @@ def test_every_command_in_the_documentation_is_one():
                 except SystemExit as end:
                     raise AssertionError(f"{page.name}: {line}") from end
     assert count > 40
+
+
+FILES = ROOT / "docs" / "files.md"
+RUNS = {
+    "margin": ("run",),
+    "lipsdp": ("run", "--bound", "lipsdp"),
+    "local": ("run", "--method", "local"),
+    "lowrank": ("run", "--method", "lowrank"),
+    "smoothing": ("run", "--method", "smoothing", "--sigma", "0.2", "--n", "200", "--levels", "16", "--fixed"),
+    "attack": ("attack", "--steps", "5"),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with one of everything that is written, by method."""
+    folder = tmp_path_factory.mktemp("written")
+    torch.manual_seed(0)
+    model = str(folder / "net.safetensors")
+    lipnet.save(nn.Sequential(nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, 10)).eval(), model, input_shape=(64,), input_range=(0, 1))
+    for name, (command, *options) in RUNS.items():
+        assert main([command, model, "digits", "-o", str(folder / name), "--limit", "2", "--quiet", *options]) == Exit.DONE
+    assert main(["convert", str(folder / "smoothing"), "--to", "cohen", "-o", str(folder / "log.tsv")]) == Exit.DONE
+    log = ["convert", str(folder / "log.tsv"), "--from", "cohen", "--sigma", "0.2", "--n", "200", "--alpha", "0.001", "-o", str(folder / "log")]
+    assert main(log) == Exit.DONE
+    assert main(["lipschitz", model, "--method", "lipsdp", "--no-pairs", "--save-proof", str(folder / "net.proof")]) == Exit.DONE
+    return folder
+
+
+def table(heading):
+    """The rows of the first table under a heading of files.md: the names of the first column, and the other cells."""
+    text = FILES.read_text(encoding="utf-8").partition(f"## {heading}\n")[2].partition("\n## ")[0]
+    (lines, *_) = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
+    cells = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in lines.splitlines()[2:]]
+    return [(re.findall(r"`([^`]+)`", first), rest) for first, *rest in cells]
+
+
+def fields(heading, method):
+    """The fields that a table has for a method."""
+
+    def there(where):
+        everywhere, _, but = where.partition(" but ")
+        return method != but if everywhere == "all" else method in where.split(", ")
+
+    return {name for names, (where, *_) in table(heading) for name in names if there(where)}
+
+
+@pytest.mark.parametrize("name", [*RUNS, "log"])
+def test_rows_and_manifests_have_the_fields_that_the_page_lists(name, written):
+    method = "margin" if name == "lipsdp" else name
+    (part,) = (written / name).glob("part-*.jsonl")
+    for line in part.read_text(encoding="utf-8").splitlines():
+        assert set(json.loads(line)) == fields("Rows", method)
+    for line in (written / name / "results.jsonl").read_text(encoding="utf-8").splitlines():
+        assert set(json.loads(line)) == fields("Rows", method) - {"seconds"}
+    assert set(json.loads((written / name / "manifest.json").read_text(encoding="utf-8"))) == fields("The manifest", method)
+
+
+def test_what_stands_inside_of_fields_is_on_the_page(written):
+    text = FILES.read_text(encoding="utf-8")
+    manifests = {name: json.loads((written / name / "manifest.json").read_text(encoding="utf-8")) for name in (*RUNS, "log")}
+    row = json.loads((written / "smoothing" / "results.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    inside = [manifests["margin"]["model"], manifests["margin"]["data"], manifests["margin"]["input"], manifests["lipsdp"]["bound"]]
+    inside += [manifests["attack"]["attack"], manifests["log"]["log"], row["counts"], row["counts"]["looks"][0]]
+    assert not [name for about in inside for name in about if f"`{name}`" not in text]
+
+
+def test_logs_proofs_and_json_have_the_fields_that_the_page_lists(written, capsys):
+    text = FILES.read_text(encoding="utf-8")
+    columns = (written / "log.tsv").read_text(encoding="utf-8").splitlines()[0].split("\t")
+    assert ", ".join(f"`{name}`" for name in columns) in text
+    from safetensors import safe_open
+
+    with safe_open(written / "net.proof", "np") as file:
+        stored = set(json.loads(file.metadata()["proof"]))
+    listed = text.partition("with these fields: ")[2].partition(". What")[0]
+    assert stored == set(re.findall(r"`(\w+)`", listed))
+    shown = {command: set(names) for commands, (cell, *_) in table("JSON on stdout") for names in [re.findall(r"`(\w+)`", cell)] for command in commands}
+    capsys.readouterr()
+    model, margin, attack = str(written / "net.safetensors"), str(written / "margin"), str(written / "attack")
+    commands = {
+        "certify inspect": ["inspect", model],
+        "certify lipschitz": ["lipschitz", model],
+        "certify report": ["report", margin, attack],
+        "certify check DIR": ["check", margin],
+        "certify check FILE.proof": ["check", str(written / "net.proof")],
+    }
+    found = {}
+    for name, words in commands.items():
+        assert main([*words, "--json"]) == Exit.DONE
+        found[name] = json.loads(capsys.readouterr().out)
+    for name, about in found.items():
+        assert shown[name] - {"proof" if name == "certify lipschitz" else "", "kinds"} == set(about), name
+    assert shown["certify run"] == shown["certify audit"] == shown["certify attack"] == shown["certify report"]
+    of_runs = text.partition("Each of `runs` has ")[2].partition(".\n")[0]
+    assert {key for run in found["certify report"]["runs"] for key in run} == set(re.findall(r"`(\w+)`", of_runs)) - {"radii"}
+
+
+def test_exit_codes_are_listed():
+    for page in (FILES, ROOT / "docs" / "cli.md"):
+        text = page.read_text(encoding="utf-8").partition("## Exit codes\n")[2]
+        assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)} == {int(code) for code in Exit}
