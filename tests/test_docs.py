@@ -27,11 +27,14 @@ import pytest
 import torch
 from torch import nn
 
+import certify
+import certify.data
 import lipnet
 from certify.cli import Exit, _parser, console, main
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+UNWRITTEN = {"local.md"}  # may be linked before it is there
 NEAR, SHARES = 0.2, 15.0  # how far a decimal number may be from the one that is shown, relative; and a share of few inputs, in points
 _BLOCK = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"\d+\.\d+(?:e[-+]?\d+)?")
@@ -103,12 +106,27 @@ def agree(shown, printed):
     return from_here(0, 0)
 
 
+@pytest.fixture(scope="module")
+def net(tmp_path_factory):
+    """`net.safetensors`, which pages name without saying how it was made: two hidden layers of 24, trained on digits for a moment."""
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 10))
+    digits, optimizer = certify.data.digits("train"), torch.optim.Adam(made.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(made(torch.from_numpy(digits.inputs)), torch.from_numpy(digits.labels)).backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("net") / "net.safetensors"
+    lipnet.save(made.eval(), path, input_shape=(64,), input_range=(0, 1))
+    return path
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any(language == "console" for language, *_ in blocks(page))], ids=lambda page: page.name)
-def test_transcripts_are_what_is_printed(page, tmp_path, monkeypatch):
+def test_transcripts_are_what_is_printed(page, net, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(console, "_EVERY", math.inf)  # no lines of progress on slow machines
-    for folder in ("examples", "sdp"):
-        os.symlink(ROOT / folder, tmp_path / folder)
+    for path in (ROOT / "examples", ROOT / "sdp", net):
+        os.symlink(path, tmp_path / path.name)
     code = 0
     for language, marks, text in blocks(page):
         if language == "python" and (named := re.match(r"# (\w+\.py)\n", text)):
@@ -270,3 +288,25 @@ def test_exit_codes_are_listed():
     for page in (FILES, ROOT / "docs" / "cli.md"):
         text = page.read_text(encoding="utf-8").partition("## Exit codes\n")[2]
         assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)} == {int(code) for code in Exit}
+
+
+def test_the_page_on_choosing_has_every_method():
+    text = (ROOT / "docs" / "which.md").read_text(encoding="utf-8")
+    run = next(action for action in _parser()._subparsers._group_actions[0].choices["run"]._actions if action.dest == "method")
+    bound = next(action for action in _parser()._subparsers._group_actions[0].choices["run"]._actions if action.dest == "bound")
+    first = re.findall(r"^\| `([^`]+)`", text, flags=re.MULTILINE)
+    wanted = {f"--method {name}" for name in run.choices} | {f"--method margin --bound {name}" for name in bound.choices if name != "layerwise"}
+    assert set(first[1:]) - {"mnist_cnn_a_adv"} == wanted | {"certify attack"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, place = target.partition("#")
+        if not path.startswith("http"):
+            file = page.parent / path if path else page
+            if file.name in UNWRITTEN and not file.exists():
+                continue
+            assert file.exists(), f"{page.name}: {target}"
+            titles = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE) if place else ()
+            assert not place or place in {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}, f"{page.name}: {target}"
