@@ -289,13 +289,17 @@ def test_exit_codes_are_listed():
         assert {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)} == {int(code) for code in Exit}
 
 
-def test_the_page_on_choosing_has_every_method():
-    text = (ROOT / "docs" / "which.md").read_text(encoding="utf-8")
-    run = next(action for action in _parser()._subparsers._group_actions[0].choices["run"]._actions if action.dest == "method")
-    bound = next(action for action in _parser()._subparsers._group_actions[0].choices["run"]._actions if action.dest == "bound")
-    first = re.findall(r"^\| `([^`]+)`", text, flags=re.MULTILINE)
-    wanted = {f"--method {name}" for name in run.choices} | {f"--method margin --bound {name}" for name in bound.choices if name != "layerwise"}
-    assert set(first[1:]) - {"mnist_cnn_a_adv"} == wanted | {"certify attack"}
+def test_the_page_on_choosing_has_every_method_and_the_numbers_of_the_audit():
+    text, audit = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("which.md", "audit.md"))
+    (commands,) = (action for action in _parser()._actions if action.dest == "command")
+    choices = {action.dest: action.choices for action in commands.choices["run"]._actions}
+    wanted = {f"--method {name}" for name in choices["method"]} | {f"--method margin --bound {name}" for name in choices["bound"] if name != "layerwise"}
+    listed = text.partition("## What do you have?")[0]
+    assert set(re.findall(r"^\| `([^`]+)`", listed, flags=re.MULTILINE)) == wanted | {"certify attack", "certify run ..."}
+    rows = [line for line in text.splitlines() if "5 inputs" in line or "10 inputs" in line or "inputs in [0, 1]" in line]
+    radii = [number for row in rows for number in re.findall(r"\d\.\d{4}", row)]
+    assert len(radii) == 13
+    assert all(number in audit for number in radii)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
