@@ -295,3 +295,32 @@ def test_the_method_says_what_it_found_and_refuses_smooth_gates() -> None:
         certify.Local(how="exact")
     with pytest.raises(certify.CertifyError, match="seconds is a positive number"):
         certify.Local(how="complete", seconds=0)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_slack_that_is_made_smaller_is_that_of_each_row_and_holds_in_every_node(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """What is made anew belongs to the rows of the region, of which there are not as many as nodes."""
+    monkeypatch.setattr("certify.local.clarke._MUCH", 0.0)
+    activation, seed, sizes, eps, box_l1, _, _ = EXACT[2]
+    net, center = random_net(activation, seed, sizes)
+    region = ball(center, eps, math.inf)
+    condensed = condense(Program.of(net, (len(center),)), region, torch.eye(3, dtype=torch.float64)[:rows])
+    assert (bound_jacobian(condensed).condensed.slack_gates <= condensed.slack_gates).all()
+    found = bab.search(condensed, 1)
+    assert found.done
+    assert found.upper.numpy() == pytest.approx(box_l1[:rows], rel=1e-6)
+
+
+def test_deep_sorting_networks_are_searched() -> None:
+    """Ten orthogonal layers, whose slack has to be made smaller: the constants are 1."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(10):
+        Q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+        layers += [linear(Q.numpy(), 0.1 * torch.randn(8, dtype=torch.float64).numpy()), lipnet.MaxMin()]
+    Q, _ = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64))
+    net = nn.Sequential(*layers, linear(Q[:2].numpy(), np.zeros(2))).eval()
+    found = solve(net, ball(np.random.default_rng(1).standard_normal(8), 0.2, 2), 2, 2, seconds=0.5)
+    assert (found.lower >= 1 - 1e-6).all()
+    assert (found.upper >= 1 - 1e-12).all()
+    assert (found.upper < 2).all()

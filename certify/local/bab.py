@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from certify.errors import CertifyError
-from certify.local.clarke import Jacobian, bound_jacobian
+from certify.local.clarke import Jacobian, bound_jacobian, with_slack
 from certify.local.condense import Condensed, Layer, condense
 from certify.local.crown import linear_upper_bounds
 from certify.local.halfspaces import HalfSpaces, excludes, into, propose
@@ -90,7 +90,8 @@ def search(
         if layer.gate.activation != RELU:
             of = f"{layer.gate.name} ({layer.gate.activation}) is smooth"
             raise CertifyError(f"complete branch and bound decides gates of two linear pieces, and {of}; take how='crown' for this network")
-    upper = bound_jacobian(condensed).row_norms(q).nan_to_num(torch.inf)
+    jacobian = bound_jacobian(condensed)
+    condensed, upper = jacobian.condensed, jacobian.row_norms(q).nan_to_num(torch.inf)
     lower = torch.zeros_like(upper)
     rows, nodes = len(upper), 0
     try:
@@ -198,9 +199,9 @@ def _ranges(condensed: Condensed, nodes: _Nodes) -> tuple[_Nodes, _Spaces, Tenso
 
 
 def _jacobian(condensed: Condensed, nodes: _Nodes, row: int) -> Jacobian:
-    """Of one row of the output, in each node."""
+    """Of one row of the output, in each node; the slack of the region holds in all of its nodes, and is not made anew."""
     gates = (len(nodes), condensed.undecided)
-    return bound_jacobian(
+    return with_slack(
         dataclasses.replace(
             condensed,
             layers=tuple(_layers(condensed, nodes)),

@@ -80,13 +80,14 @@ class Jacobian:
 
 def bound_jacobian(condensed: Condensed) -> Jacobian:
     """Bounds of the gradient to each gate, and what is needed for those to the inputs; once more with the slack that follows from them, where it matters."""
-    jacobian = _bound_jacobian(condensed)
+    jacobian = with_slack(condensed)
     if jacobian.gates and float(condensed.slack_gates.max()) > _MUCH * float(condensed.gates.abs().max()):
-        return _bound_jacobian(condensed.with_gradients(torch.cat([layer.peak for layer in jacobian.gates], dim=1)))
+        return with_slack(condensed.with_gradients(torch.cat([layer.peak for layer in jacobian.gates], dim=1)))
     return jacobian
 
 
-def _bound_jacobian(condensed: Condensed) -> Jacobian:
+def with_slack(condensed: Condensed) -> Jacobian:
+    """The same with the slack as it stands."""
     done: list[_Gates] = []
     stop = condensed.gates.shape[1]
     later = [layer.earlier for layer in condensed.layers]  # rows of M: by gate, to all earlier ones
