@@ -110,7 +110,8 @@ def same_gap(stored: object, found: float | None) -> bool:
     """Whether a stored margin is the one that is found again. Both are of logits that another BLAS may move by some 1e-7 of their size, layer by layer."""
     if found is None or isinstance(stored, bool) or not isinstance(stored, float | int):
         return stored is found
-    return abs(stored - found) <= 1e-5 * max(1.0, found)
+    room = 1e-5 * max(1.0, found)
+    return found - room <= stored <= found + room
 
 
 @torch.no_grad()

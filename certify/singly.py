@@ -6,6 +6,7 @@ import abc
 import ast
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
@@ -106,7 +107,7 @@ def contradictions(method: OneByOne[Any], graph: Graph, seen: object, dataset: D
     wrong = [f"input {index}: {key} is stored as {row.get(key)!r}, the proof gives {value!r}" for key, value in known.items() if row.get(key) != value]
     if "margin" in row and not same_gap(row["margin"], gap(z)):
         wrong.append(f"input {index}: the margin is stored as {row['margin']!r}, the logits give {gap(z)!r}")
-    if isinstance(radius, bool) or not isinstance(radius, float | int) or not (radius >= 0 and math.isfinite(radius)):
+    if isinstance(radius, bool) or not isinstance(radius, float | int) or not 0 <= radius <= sys.float_info.max:
         return [*wrong, f"input {index}: the radius is stored as {radius!r}, which no proof gives"]
     if radius > 0 and not method.proved(seen, x, z, radius * (1 - tolerance)):
         wrong.append(f"input {index}: the radius is stored as {radius!r}, and the proof does not reach it")
@@ -123,7 +124,7 @@ def method_of(manifest: Mapping[str, Any], known: Sequence[type[OneByOne[Any]]])
             for cls in known:
                 if ast.unparse(call.func) == cls.__name__:
                     return cls(**options)
-    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, TypeError, ValueError, OverflowError, RecursionError, MemoryError):
         pass
     raise CertifyError(f"the manifest's method {text[:80]!r} is not the printed form of one of this version; make the folder again with certify run")
 

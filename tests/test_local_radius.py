@@ -166,3 +166,44 @@ def test_the_command_line_bounds_a_ball(tmp_path: pathlib.Path, capsys: pytest.C
     assert "name a ball with --around" in capsys.readouterr().err
     assert main([*command, *ball, "--norm", "inf", "--how", "sdp"]) == Exit.ERROR
     assert "take how='crown'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("norm", "exact"), [(1.0, 1.25), (2.0, 1.25 / math.sqrt(2)), (math.inf, 0.625)])
+def test_where_all_gates_are_shut_the_gradient_does_not_say_how_far_to_look(norm: float, exact: float) -> None:
+    """`5 (relu(a) + relu(b))` against `relu(a) + 1` with `a = x_1 + x_2 - 1` and `b = x_1 - x_2 - 1`: they meet where a or b is 1/4 or 1/5."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).double().eval()
+    net[0].weight.data, net[0].bias.data = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), torch.tensor([-1.0, -1.0], dtype=torch.float64)
+    net[2].weight.data, net[2].bias.data = torch.tensor([[4.0, 4.0], [0.0, 0.0]], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+    radius = certify.robustness(net, torch.zeros(1, 2, dtype=torch.float64), LocalMargin(norm=norm)).radius[0]
+    assert 0.85 * exact < radius <= exact
+
+
+def test_options_that_could_never_end_are_refused() -> None:
+    for steps in (math.inf, math.nan, 1.5, 0, 10**9):
+        with pytest.raises(certify.CertifyError, match="a whole number of steps"):
+            LocalMargin(steps=steps)
+    for within in ("01", (0, 1, 2), (1.0, 0.0), (0.0, math.inf), (0.0, math.nan)):
+        with pytest.raises(certify.CertifyError, match="within is"):
+            LocalMargin(within=within)
+    net, x = classifier("relu"), inputs(1)
+    assert certify.robustness(net, x, LocalMargin(memory=math.inf)).radius == certify.robustness(net, x, LocalMargin()).radius
+    assert certify.lipschitz(net, certify.Local(memory=math.inf), input_shape=(6,), domain=certify.Ball(x[0].numpy(), 0.1, 2)).value < math.inf
+
+
+def test_changed_folders_are_refused_or_contradicted_in_a_sentence(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    lipnet.save(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), tmp_path / "net.safetensors", input_shape=(1, 8, 8), input_range=(0.0, 1.0))
+    folder = tmp_path / "run"
+    command = ["run", str(tmp_path / "net.safetensors"), "digits", "-o", str(folder), "--method", "local", "--limit", "1", "--quiet"]
+    assert main(command) == Exit.DONE
+    (folder / "results.jsonl").unlink(missing_ok=True)
+    manifest, part = json.loads((folder / "manifest.json").read_text()), next(folder.glob("part-*.jsonl"))
+    (row,) = (json.loads(line) for line in part.read_text().splitlines())
+    for method in ("LocalMargin(steps=inf)", "LocalMargin(within='01')", "LocalMargin(radius=1" + "0" * 400 + ")", "LocalMargin(memory=-1)", "LocalMargin(2)"):
+        (folder / "manifest.json").write_text(json.dumps({**manifest, "method": method}))
+        assert main(["check", str(folder)]) == Exit.ERROR
+        assert "is not the printed form" in capsys.readouterr().err
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for name in ("radius", "margin"):
+        part.write_text(json.dumps({**row, name: 10**400}) + "\n")
+        assert main(["check", str(folder)]) == Exit.CONTRADICTION

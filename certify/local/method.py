@@ -90,7 +90,7 @@ class Local(LipschitzMethod):
         single = torch.eye(program.outputs, dtype=torch.float64)
         differences = list(itertools.combinations(range(program.outputs), 2)) if self.pairs else []
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
-        limit = int(self.memory * 2**30 / 32)
+        limit = limit_of(self.memory)
         if self.backend == "own":
             value, of_rows, evidence = self._own(condense(program, region, rows, limit=limit, steps=self.alpha_steps), program.outputs, norm)
         else:
@@ -133,6 +133,11 @@ def program_of(graph: Graph) -> Program:
     if graph not in _programs:
         _programs[graph] = Program.of(graph.double, graph.input_shape)
     return _programs[graph]
+
+
+def limit_of(memory: float) -> int:
+    """How many numbers of the gates may be kept in so many GiB: each, and what is computed with it, takes 32 bytes."""
+    return int(min(memory, 2.0**30) * 2**30 / 32)
 
 
 def spectral_norm(low: Tensor, high: Tensor) -> float:

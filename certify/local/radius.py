@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from certify.graph import Graph
 from certify.local.clarke import bound_jacobian
 from certify.local.condense import condense, output_range
 from certify.local.crown import upper_bounds
-from certify.local.method import DUAL, program_of
+from certify.local.method import DUAL, limit_of, program_of
 from certify.local.program import Gate, Program
 from certify.local.region import Region
 from certify.methods import Layerwise
@@ -32,6 +33,7 @@ _LOOKED_AT = 8  # margins whose gradients say how large the first ball is
 _WORK = 1e11  # products for the bounds of the gradients in one ball
 _RATE = 2e9  # of them in a second, where time is short
 _FARTHEST = 1e9
+_MOST = 10_000  # steps
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,9 +68,12 @@ class LocalMargin(OneByOne[Seen]):
             raise CertifyError(f"LocalMargin is for norm=1, 2 and math.inf, got {self.norm}")
         if self.radius is not None and not (self.radius >= 0 and math.isfinite(self.radius)):
             raise CertifyError(f"a radius is finite and not negative, got radius={self.radius}; leave it out to search for the largest")
-        if self.steps < 1 or not self.memory > 0 or not self.seconds > 0:
-            raise CertifyError(f"at least one step, and positive memory and seconds are needed, got {self.steps}, {self.memory} GiB and {self.seconds} seconds")
-        if self.within is not None and not (len(self.within) == 2 and -math.inf < self.within[0] < self.within[1] < math.inf):
+        if not isinstance(self.steps, int) or not 1 <= self.steps <= _MOST or not self.memory > 0 or not self.seconds > 0:
+            raise CertifyError(
+                f"a whole number of steps from 1 to {_MOST:,}, and positive memory and seconds are needed, "
+                f"got {self.steps} steps, {self.memory} GiB and {self.seconds} seconds"
+            )
+        if self.within is not None and not (_numbers(self.within) and len(self.within) == 2 and -math.inf < self.within[0] < self.within[1] < math.inf):
             raise CertifyError(f"within is the smallest and the largest entry that an input can have, such as (0, 1), got {self.within}")
 
     def see(self, graph: Graph) -> Seen:
@@ -123,7 +128,8 @@ class _Walk:
             return goal
         best = self._limited(start, self.everywhere, 0.0)  # what is known without looking around the input
         first = float((start / slopes.clamp(min=1e-300)).min())  # to the first order
-        usual = (first if math.isfinite(first) else 1.0) / self.method.steps
+        size = 1.0 + float(np.linalg.norm(self.x, ord=self.method.norm))  # where all gates are shut or flat the gradient is 0, and says nothing
+        usual = min(first, size) / self.method.steps
         radius, margins, step = 0.0, start, usual
         while radius < min(goal, _FARTHEST) and time.monotonic() < self.end:
             target = min(radius + step, goal)
@@ -137,7 +143,7 @@ class _Walk:
                     radius, margins = target, after
                     step = min(step * _GROWTH, max(usual, radius / 4))
                     continue
-                best = max(best, self._limited(margins, slopes, radius))
+                best = max(best, min(target, self._limited(margins, slopes, radius)))  # the slopes are of no point beyond the ball
             step /= 2 if radius > 0 else 4
             if step < max(best, radius) / (2 * self.method.steps) or step < usual * _NEAREST:
                 break
@@ -181,11 +187,15 @@ class _Walk:
         """At most the smallest margin to each other class in the closed ball, and at least its Lipschitz constant there."""
         region, now = self.region(radius), time.monotonic()
         until = now + (self.end - now) / 3
-        condensed = condense(self.program, region, self.rows, limit=int(self.method.memory * 2**30 / 32), until=until)
+        condensed = condense(self.program, region, self.rows, limit=limit_of(self.method.memory), until=until)
         work = len(self.rows) * condensed.undecided**2 * (condensed.undecided / 3 + 2 * len(self.x))
         below = -upper_bounds(condensed.layers, region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
         slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < min(_WORK, _RATE * (until - now)) else torch.full_like(below, math.inf)
         return _down(below), slopes
+
+
+def _numbers(within: Sequence[object]) -> bool:
+    return all(isinstance(end, int | float) for end in within)
 
 
 def _leaning(gate: Gate, z: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class Region:
             raise CertifyError(
                 f"the input has entries from {float(self.center.min()):g} to {float(self.center.max()):g}, outside of [{smallest:g}, {largest:g}]"
             )
-        infinity = torch.tensor(math.inf, dtype=torch.float64)
+        smallest, largest, infinity = float(smallest), float(largest), torch.tensor(math.inf, dtype=torch.float64)
         low = torch.maximum(self.low, torch.nextafter(smallest - self.center, -infinity)).clamp(max=0)
         high = torch.minimum(self.high, torch.nextafter(largest - self.center, infinity)).clamp(min=0)
         return dataclasses.replace(self, low=low, high=high)
