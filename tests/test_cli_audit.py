@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,3 +75,31 @@ def test_what_is_left_out_and_what_is_refused(model: str, tmp_path: pathlib.Path
     with pytest.raises(SystemExit):
         main(["audit", model, "digits", "-o", str(out), "--budget", "soon"])
     assert "a time is such as 90s, 10m or 2h" in capsys.readouterr().err
+
+
+def test_attacks_outside_of_a_range_do_not_contradict_radii_within_it(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`x_1 + x_2` against 0: with both entries in [0.05, 0.95] nothing changes, and without, a half in each does."""
+    net = nn.Linear(2, 2, bias=False).eval()
+    net.weight.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    model, points, out = str(tmp_path / "net.safetensors"), str(tmp_path / "d.npz"), tmp_path / "a"
+    lipnet.save(nn.Sequential(net), model, input_shape=(2,))
+    np.savez(points, x=np.array([[0.1, 0.9]], dtype=np.float32), y=np.array([0]))
+    command = ["audit", model, points, "--norm", "inf", "--skip", "lipsdp"]
+    assert main([*command, "-o", str(out), "--within", "0.05,0.95"]) == Exit.DONE
+    assert "local radii are not compared with them" in capsys.readouterr().err
+    assert main(["check", str(out / "local"), "--against", str(out / "attack")]) == Exit.ERROR
+    assert "about inputs in a range only" in capsys.readouterr().err
+    assert main([*command, "-o", str(tmp_path / "b"), "--within", "-0.5,1"]) == Exit.DONE
+    assert json.loads((tmp_path / "b" / "attack" / "manifest.json").read_text())["attack"]["clip"]  # a part of the range
+    assert main(["check", str(tmp_path / "b" / "local"), "--against", str(tmp_path / "b" / "attack")]) == Exit.DONE
+    manifest = tmp_path / "b" / "local" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "within": [-9, 9]}))
+    assert main(["check", str(tmp_path / "b" / "local")]) == Exit.CONTRADICTION
+
+
+@pytest.mark.parametrize("within", ["1", "0,1,2", "1,0", "0,0"])
+def test_a_range_is_two_numbers(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], within: str) -> None:
+    for command in (["audit"], ["run", "--method", "local"]):
+        with pytest.raises(SystemExit):
+            main([*command, model, "digits", "-o", str(tmp_path / "a"), "--within", within])
+        assert "a range is its smallest and its largest number" in capsys.readouterr().err

@@ -72,6 +72,14 @@ def numbers(text: str) -> tuple[float, ...]:
     return found
 
 
+def span(text: str) -> tuple[float, float]:
+    """`0,1` as the two ends of a range."""
+    found = numbers(text)
+    if len(found) != 2 or not found[0] < found[1]:
+        raise argparse.ArgumentTypeError(f"a range is its smallest and its largest number, such as 0,1, got {text!r}")
+    return found[0], found[1]
+
+
 def add_lipsdp(group: argparse._ArgumentGroup) -> None:
     """The options of LipSDP."""
     group.add_argument("--norm", choices=["1", "2", "inf"], default="2", help="of the inputs (default 2); 1 and 2 to l2, inf to l-infinity")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from certify.cli.arguments import add_json, add_model, add_opening, add_radii, add_selection, load_model, numbers
+from certify.cli.arguments import add_json, add_model, add_opening, add_radii, add_selection, load_model, span
 
 HELP = "Certify and attack a model by all methods that apply, within a budget of time, and write one report."
 EPILOG = """examples:
@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=duration, default=600.0, metavar="T", help="about so long, such as 90s, 10m or 2h (default 10m); repeat to go on")
     parser.add_argument("--norm", choices=["2", "inf"], default="2", help="of the radii (default 2)")
     add_selection(parser)
-    parser.add_argument("--within", type=numbers, metavar="LO,HI", help="attacks and local radii consider inputs in this range only, such as 0,1")
+    parser.add_argument(
+        "--within", type=span, metavar="LO,HI", help="local radii are of inputs in this range only, such as 0,1; attacks then keep to [0, 1]"
+    )
     parser.add_argument("--skip", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,...", help=f"leave out some of: {', '.join(NAMES)}")
     group = parser.add_argument_group("smoothing (left out without --sigma)")
     group.add_argument("--sigma", type=float, metavar="S", help="the standard deviation of normal noise, in the units of the data")
@@ -61,7 +63,7 @@ class Stage:
 
 
 STAGES = {
-    "attack": Stage(2, "attack", ("--steps", "40"), ("norm", "seed")),
+    "attack": Stage(2, "attack", ("--steps", "40"), ("norm", "seed", "clip")),
     "margin": Stage(1, "run", ("--method", "margin")),
     "lipsdp": Stage(2, "run", ("--method", "margin", "--bound", "lipsdp"), ("norm",)),
     "frequency": Stage(2, "run", ("--method", "margin", "--bound", "frequency")),
@@ -86,6 +88,9 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     count = len(selection_of(args, len(data.load(args.data, model.shape))))
     note(f"{model.spec}: {model.parameters:,} parameters, {count} inputs of {args.data}, about {args.budget:.0f} seconds")
+    args.clip = args.within is not None and args.within[0] <= 0 and args.within[1] >= 1 and model.input_range in (None, (0.0, 1.0))
+    if args.within is not None and not args.clip:
+        note("attacks can be kept in [0, 1] only, which is not the range here: they are not, and local radii are not compared with them")
     seen = certifiers(model)
     left_out = {name: why for name in NAMES if (why := _left_out(name, args, seen))}
     for name, why in left_out.items():
@@ -139,8 +144,6 @@ def _fill(name: str, args: argparse.Namespace, seconds: float, count: int) -> bo
     passed = {*vars(opening.parse_args([])), "limit", "indices", "shard", *stage.takes}
     for option in passed:
         setattr(made, option, getattr(args, option))
-    if name == "attack":
-        made.clip = args.within == (0.0, 1.0)
     if name == "local":
         made.seconds = max(1.0, seconds / count)
     done: bool = module.fill(made, time.monotonic() + seconds)

@@ -194,6 +194,7 @@ def _one_by_one(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], 
     method, graph = method_of(manifest, (LowRank, LocalMargin)), Graph.of(model.net, model.shape)
     seen, selected = method.see(graph), set(manifest["selection"])
     told = {"norm": f"{method.norm:g}", "guarantee": "proof", "failure": 0.0, "assumptions": sorted(a.name for a in method.assumptions)}
+    told["within"] = list(method.within) if isinstance(method, LocalMargin) and method.within is not None else None
     wrong = [f"the manifest has {name} {manifest.get(name)!r}, its method has {value!r}" for name, value in told.items() if manifest.get(name) != value]
     for row in rows:
         if row["index"] not in selected or not 0 <= row["index"] < len(dataset):

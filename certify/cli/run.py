@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, add_selection, load_model, numbers, radius, shard_here
+from certify.cli.arguments import add_json, add_model, add_radii, add_selection, load_model, radius, shard_here, span
 from certify.cli.noises import add_noise, given_options, noise_of
 from certify.cli.report import show
 
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
     group.add_argument("--seconds", type=float, default=60.0, metavar="S", help="local: for each input (default 60); what is proved by then is its radius")
-    group.add_argument("--within", type=numbers, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
+    group.add_argument("--within", type=span, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
         "--proposer",
         choices=["interior-point", "burer-monteiro"],
@@ -241,9 +241,10 @@ def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[di
     """Bounds of margins and of their gradients around each input."""
     from certify.local.radius import LocalMargin
 
-    within = None if args.within is None else (args.within[0], args.within[1])
-    method = LocalMargin(args.radius, float(args.norm or 2), args.steps or LocalMargin.steps, within, seconds=args.seconds)
-    return _one_by_one(method, model, dataset)
+    steps = LocalMargin.steps if args.steps is None else args.steps
+    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, seconds=args.seconds)
+    facts, certify = _one_by_one(method, model, dataset)
+    return {**facts, "within": args.within}, certify
 
 
 def _one_by_one(method: OneByOne[Any], model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:

@@ -45,6 +45,8 @@ def incomparable(certified: Run, attacked: Run) -> str | None:
         return f"{certified.name}: the radii are of the kind {ours.guarantee!r}, and not proved; name a folder of certify run first, then one of certify attack"
     if ours.norm != theirs.norm:
         return f"{certified.name} has radii in {norm_text(ours.norm)}, {attacked.name} in {norm_text(theirs.norm)}; attack again with --norm {ours.norm}"
+    if "INPUT_RANGE" in str(lookup(certified.manifest, "assumptions")) and not _within(certified, attacked):
+        return f"{certified.name} is about inputs in a range only, and {attacked.name} may leave it; attack again with --clip, which keeps to [0, 1]"
     for what, one, other in (
         ("model", _model(certified), _model(attacked)),
         ("data", *(lookup(run.manifest, "data", "sha256") for run in (certified, attacked))),
@@ -52,6 +54,13 @@ def incomparable(certified: Run, attacked: Run) -> str | None:
         if one is None or one != other:
             return f"{certified.name} and {attacked.name} are not of the same {what}; attack what was certified"
     return None
+
+
+def _within(certified: Run, attacked: Run) -> bool:
+    """Whether the attacks kept to inputs that the certificates are about."""
+    ends = lookup(certified.manifest, "within")
+    covered = isinstance(ends, list) and len(ends) == 2 and all(number(end) is not None for end in ends) and ends[0] <= 0 and ends[1] >= 1
+    return covered and lookup(attacked.manifest, "attack", "clip") is True
 
 
 def contradictions(certified: Run, attacked: Run) -> list[str]:

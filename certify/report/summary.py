@@ -290,5 +290,8 @@ def _log(run: Run) -> str | None:
 
 
 def number(value: Any) -> float | None:
-    """A number as a float; None for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """A number as a float; None for anything else, and for a whole number that is none."""
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
