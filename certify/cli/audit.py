@@ -31,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=duration, default=600.0, metavar="T", help="about so long, such as 90s, 10m or 2h (default 10m); repeat to go on")
     parser.add_argument("--norm", choices=["2", "inf"], default="2", help="of the radii (default 2)")
     add_selection(parser)
-    parser.add_argument(
-        "--within", type=span, metavar="LO,HI", help="local radii are of inputs in this range only, such as 0,1; attacks then keep to [0, 1]"
-    )
+    parser.add_argument("--within", type=span, metavar="LO,HI", help="local radii are of inputs in this range only, such as 0,1; attacks then keep to [0, 1]")
     parser.add_argument("--skip", type=lambda text: tuple(text.split(",")), default=(), metavar="NAME,...", help=f"leave out some of: {', '.join(NAMES)}")
     group = parser.add_argument_group("smoothing (left out without --sigma)")
     group.add_argument("--sigma", type=float, metavar="S", help="the standard deviation of normal noise, in the units of the data")
