@@ -118,6 +118,26 @@ def _grows_in_place(module: nn.Module) -> bool:
     return bool(getattr(module, "inplace", False)) and not -1 <= low <= high <= 1
 
 
+def of_batch(trace: torch.fx.Graph, first: Mapping[str, Any], second: Mapping[str, Any]) -> set[torch.fx.Node]:
+    """The nodes that are counted from the length of a batch, by their values for two lengths: those that differ, and what is computed from them.
+
+    A part of what differs is only counted from it where it differs itself: `shape[1]` is a part of the shape.
+    """
+    found: set[torch.fx.Node] = set()
+    for node in trace.nodes:
+        from_nodes = inputs_of((node.args[1:] if node.target is operator.getitem else node.args, node.kwargs))
+        if node.name in first and (not same(first[node.name], second.get(node.name)) or any(part in found for part in from_nodes)):
+            found.add(node)
+    return found
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two values of a node are one."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
+    return type(first) is type(second) and bool(first == second)
+
+
 def _sizes(trace: torch.fx.Graph) -> set[torch.fx.Node]:
     """The nodes that are sizes of signals, and numbers that are counted from those."""
     found: set[torch.fx.Node] = set()
@@ -244,7 +264,8 @@ class _Lift:
             with contextlib.suppress(Exception):  # found again, and named, by the trial run
                 run.run(torch.zeros(batch, *self.input_shape, dtype=dtype))
             runs.append(run.found)
-        return {name: value for name, value in runs[0].items() if runs[1].get(name) == value}
+        counted = {node.name for node in of_batch(self.trace, *runs)}
+        return {name: value for name, value in runs[0].items() if same(value, runs[1].get(name)) and name not in counted}
 
 
 class _Counter(torch.fx.Interpreter):
