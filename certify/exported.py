@@ -2,7 +2,7 @@
 
 `torch.export` runs the forward on tensors without numbers, so what branches on shapes is seen as it runs for inputs of this shape, and what branches on numbers
 is refused. Each operator of the exported network becomes the module of torch that runs it, with the same stored numbers, or one of the few functions that the
-rules know. The export is made for two lengths of a batch and must be one graph, and once more for a length that is a symbol, so no number in it comes from the batch.
+rules know. The exports for two lengths of a batch must be one graph, and one whose length is a symbol puts no condition on it: no number comes from the batch.
 """
 
 from __future__ import annotations

@@ -95,7 +95,11 @@ class Graph:
     @functools.cached_property
     def double(self) -> nn.Module:
         """The frozen network with its numbers taken exactly into float64."""
-        return copy.deepcopy(self.frozen).double()
+        net = copy.deepcopy(self.frozen)
+        for module in net.modules():
+            if isinstance(module, nn.RMSNorm) and module.eps is None and module.weight is not None:
+                module.eps = float(torch.finfo(module.weight.dtype).eps)  # else float64 would have its own, and be another function
+        return net.double()
 
     @functools.cached_property
     def digest(self) -> str:
@@ -175,7 +179,7 @@ class Graph:
             raise Unsupported([Problem(node.name, name_of(node.target), "takes its place from a signal; entries can be picked by constant places only")])
         signal = signals.pop()
         if node.target is operator.getitem and any(part in self._of_batch for part in node.all_input_nodes):
-            raise Unsupported([Problem(node.name, "getitem", "takes places that are counted from the number of inputs in a batch; each input must stand alone")])
+            raise Unsupported([Problem(node.name, "getitem", "takes places counted from the number of inputs in a batch; each input must stand alone")])
         shape, found = self.shapes[signal.name], []
         for batch, values in zip(_BATCHES, self.constants, strict=True):
             numbers = torch.arange(batch * math.prod(shape), dtype=torch.float64).reshape(batch, *shape)
@@ -225,6 +229,11 @@ def _check_trace(net: nn.Module, graph: Graph) -> None:
             raise Unsupported([*graph._refusals(skip=()), Problem("", type(net).__name__, f"does not take a batch of {batch}: {line}")]) from error
         if not isinstance(own, torch.Tensor) or not isinstance(traced, torch.Tensor):
             raise Unsupported([Problem("", type(net).__name__, f"returns {type(own).__name__}; it must return one tensor")])
+        if graph.output.name not in graph.shapes:
+            raise Unsupported([Problem("output", type(net).__name__, "its output does not depend on its input")])
+        if own.shape != (batch, *graph.shapes[graph.output.name]):
+            why = f"makes {tuple(own.shape)} of a batch of {batch}; keep the batch as the first dimension (squeeze without dim drops a batch of one)"
+            raise Unsupported([Problem("", type(net).__name__, why)])
         if not (torch.equal(own.nan_to_num(), traced.nan_to_num()) and torch.equal(own.nan_to_num(), net(x.clone()).nan_to_num())):
             why = "gives other outputs than its forward as torch.fx traces it; look for operations in place, random numbers and branches on values"
             raise Unsupported([Problem("", type(net).__name__, why)])

@@ -156,7 +156,7 @@ def _lifted(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[
     """Changes the graph in place, and returns the module that holds what was added; the network itself, where nothing was."""
     lift = _Lift(net, trace, input_shape)
     for node in list(trace.nodes):
-        if node.op in ("call_function", "call_method"):
+        if node.op in ("call_function", "call_method", "call_module"):
             lift.node(node)
     for node in [node for node in trace.nodes if node.op == "get_attr" and not node.users]:
         trace.erase_node(node)
@@ -176,6 +176,8 @@ class _Lift:
         inputs = node.all_input_nodes
         if inputs and all(self._is_constant(part) for part in inputs):
             self._fold(node)
+        elif node.op == "call_module":
+            return
         elif node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node) and _splits(node.args[0]) and isinstance(node.args[1], int):
             split = node.args[0]
             made = self._before(node).call_function(piece, (split.args[0], name_of(split.target), node.args[1], *split.args[1:]), dict(split.kwargs))
@@ -227,7 +229,7 @@ class _Lift:
         """What is computed from stored numbers alone, as the forward computes it."""
         arguments, options = map_arg((node.args, dict(node.kwargs)), self._value)
         try:
-            value = run_call(node, arguments, options)
+            value = self._run(node, arguments, options)
         except Exception as error:  # whatever the forward raises
             self.problems.append(Problem(node.name, name_of(node.target), f"cannot be computed ({(str(error).splitlines() or [''])[0]})"))
             return
@@ -237,6 +239,12 @@ class _Lift:
         self.constants[node] = value
         for user in list(node.users):
             user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda part: value if part is node else part)
+
+    def _run(self, node: torch.fx.Node, arguments: Any, options: Any) -> Any:
+        if node.op != "call_module":
+            return run_call(node, arguments, options)
+        copies = [part.clone() if isinstance(part, Tensor) else part for part in arguments]  # a module may work in place
+        return self.net.get_submodule(str(node.target))(*copies, **options)
 
     def _add(self, name: str, value: nn.Module | Tensor) -> str:
         """A new module or stored number beside those of the network, which stays as it is."""

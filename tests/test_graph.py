@@ -353,7 +353,7 @@ class Counting(nn.Module):
 )
 def test_a_number_that_both_trial_batches_have_by_chance_is_refused(does):
     """Each gives a batch of 1024 something else than it gives batches of 3 and 5, and its constant was that of the small ones."""
-    with pytest.raises(certify.Unsupported, match="number of inputs in a batch|inputs of a batch|no rule"):
+    with pytest.raises(certify.Unsupported, match=r"number of inputs in a batch|inputs of a batch|no rule"):
         certify.lipschitz(Counting(does).eval(), input_shape=(4,))
 
 
@@ -394,3 +394,32 @@ def test_permuted_axes_are_picked_entries_for_lipsdp():
     net = Counting(lambda x: x.unflatten(1, (2, 2)).permute(0, 2, 1).flatten(1)).eval()
     exact = spectral(net.inner.weight)
     assert exact <= certify.lipschitz(net, certify.LipSDP(), input_shape=(4,)).value <= exact * (1 + 1e-6)
+
+
+class Stored(nn.Module):
+    """A forward with a stored tensor."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.weight, self.act, self.does = nn.Parameter(torch.tensor([-5.0, 2.0, 0.5, 1.0])), nn.ReLU(inplace=True), [does]
+
+    def forward(self, x):
+        return self.does[0](self, x)
+
+
+def test_modules_of_stored_numbers_are_numbers():
+    net = Stored(lambda self, x: x * self.act(self.weight * 1)).eval()
+    for method in (certify.Layerwise(), certify.LipSDP()):
+        assert certify.lipschitz(net, method, input_shape=(4,)).value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        (lambda self, x: self.weight.expand(x.shape[0], 4), "does not depend on its input"),
+        (lambda self, x: (x * self.weight).unsqueeze(1).squeeze(), "batch of 1"),
+    ],
+)
+def test_outputs_that_are_no_function_of_each_input_are_refused(does, why):
+    with pytest.raises(certify.Unsupported, match=why):
+        certify.lipschitz(Stored(does).eval(), input_shape=(4,))
