@@ -2,7 +2,7 @@
 
 `torch.export` runs the forward on tensors without numbers, so what branches on shapes is seen as it runs for inputs of this shape, and what branches on numbers
 is refused. Each operator of the exported network becomes the module of torch that runs it, with the same stored numbers, or one of the few functions that the
-rules know. The export is made for two lengths of a batch and must be one graph, so no number in it comes from the batch.
+rules know. The exports for two lengths of a batch must be one graph, and one whose length is a symbol puts no condition on it: no number comes from the batch.
 """
 
 from __future__ import annotations
@@ -53,19 +53,37 @@ _SAME = ("clone", "alias", "contiguous", "detach", "lift_fresh_copy")
 def raised(net: nn.Module, input_shape: Shape, why: str) -> tuple[nn.Module, torch.fx.Graph, list[Problem]]:
     """A module, a graph of its modules that computes what the network does, and every operator that has no form there. Raises Unsupported."""
     first, second = (_raise(net, input_shape, batch, why) for batch in _BATCHES)
-    if not first.problems and not _same(first, second):
+    if not first.problems and not (_same(first, second) and _is_for_all_batches(net, input_shape)):
         raise Unsupported(
             [Problem("", type(net).__name__, "computes with the number of inputs in a batch, or with random numbers; each input must stand alone")]
         )
     return first.module(), first.graph, first.problems
 
 
-def _raise(net: nn.Module, input_shape: Shape, batch: int, why: str) -> _Raising:
-    dtype = next((p.dtype for p in net.state_dict().values() if p.is_floating_point()), torch.float32)
+def _is_for_all_batches(net: nn.Module, input_shape: Shape) -> bool:
+    """Whether the forward does the same for a batch of any length: it exports without a condition on the length, which is a symbol, and counts nothing from it.
+
+    Two lengths may give one graph by chance: those of a forward that branches on `len(x) > 64`.
+    """
+    length = torch.export.Dim("length", min=2, max=2**20)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, about itself
-            program = torch.export.export(copy.deepcopy(net), (torch.zeros(batch, *input_shape, dtype=dtype),), strict=False).run_decompositions({})
+        program = _export(net, input_shape, _BATCHES[0], {0: length})
+    except Exception:  # of many kinds, one of them for conditions on the length
+        return False
+    return not any(isinstance(node.meta.get("val"), torch.SymInt) and node.target is not _ATEN.sym_size.int for node in program.graph.nodes)
+
+
+def _export(net: nn.Module, input_shape: Shape, batch: int, dynamic: Any = None) -> torch.export.ExportedProgram:
+    dtype = next((p.dtype for p in net.state_dict().values() if p.is_floating_point()), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, about itself
+        x = torch.zeros(batch, *input_shape, dtype=dtype)
+        return torch.export.export(copy.deepcopy(net), (x,), dynamic_shapes=None if dynamic is None else (dynamic,), strict=False).run_decompositions({})
+
+
+def _raise(net: nn.Module, input_shape: Shape, batch: int, why: str) -> _Raising:
+    try:
+        program = _export(net, input_shape, batch)
     except Exception as error:  # of many kinds
         line = (str(error).strip().splitlines() or [""])[0]
         text = (

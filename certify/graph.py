@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from certify import rules as rules  # fills the registry
 from certify.bound import Bound
 from certify.errors import CertifyError, Problem, Unsupported
 from certify.registry import Call, Index, Shape, rule_for
-from certify.tracing import inputs_of, leaves, name_of, run_call, traced
+from certify.tracing import inputs_of, leaves, name_of, of_batch, run_call, same, traced
 from lipnet.checkpoint import hash_tensors
 
 __all__ = ["Graph", "leaves"]
@@ -54,6 +55,8 @@ class Graph:
         graph = cls(parent, trace, shapes, tuple(input_shape), constants, seen_by)
         if found:
             raise Unsupported([*found, *graph._refusals(skip={problem.where for problem in found})])
+        if counting := graph._counting():
+            raise Unsupported(counting)
         _check_trace(net, graph)
         return graph
 
@@ -92,7 +95,11 @@ class Graph:
     @functools.cached_property
     def double(self) -> nn.Module:
         """The frozen network with its numbers taken exactly into float64."""
-        return copy.deepcopy(self.frozen).double()
+        net = copy.deepcopy(self.frozen)
+        for module in net.modules():
+            if isinstance(module, nn.RMSNorm) and module.eps is None and module.weight is not None:
+                module.eps = float(torch.finfo(module.weight.dtype).eps)  # else float64 would have its own, and be another function
+        return net.double()
 
     @functools.cached_property
     def digest(self) -> str:
@@ -101,10 +108,37 @@ class Graph:
         for node, said in self.said.items():
             hasher.update(f"{node.target} {said.value.hex() if isinstance(said, Bound) else said}".encode())
             hasher.update(f"{type(self.module(node)).__name__} {self.module(node).extra_repr()}".encode())
+            if (divisor := getattr(self.module(node), "divisor_override", None)) is not None:  # of average pools, which do not print it
+                hasher.update(f"divisor {divisor}".encode())
         for name, module in self.frozen.named_modules():
             hasher.update(f"{name} {type(module).__name__} {module.extra_repr()} {module.graph if isinstance(module, torch.fx.GraphModule) else ''}".encode())
-        hash_tensors(hasher, self.frozen.state_dict())
+        hash_tensors(hasher, {**self.frozen.state_dict(), **self._unsaved()})
         return hasher.hexdigest()
+
+    def _unsaved(self) -> dict[str, torch.Tensor]:
+        """The numbers that the network runs and a state dict leaves out: buffers that are not persistent, and tensors that are plain attributes."""
+        saved = self.frozen.state_dict().keys()
+        read = {str(node.target): self.constants[0].get(node.name) for node in self.trace.nodes if node.op == "get_attr"}
+        found = {**dict(self.frozen.named_buffers()), **{name: value for name, value in read.items() if isinstance(value, torch.Tensor)}}
+        held = ((path, name, value) for path, module in self.frozen.named_modules() for name, value in vars(module).items())
+        found |= {f"{path}.{name}": value for path, name, value in held if isinstance(value, torch.Tensor)}
+        return {f"unsaved {name}": value for name, value in found.items() if name not in saved}
+
+    def _counting(self) -> list[Problem]:
+        """The operations that read a number counted from the length of a batch which both trials have by chance: `shape[0] // 7` is 0 in both."""
+        why = "counts with the number of inputs in a batch; each input must stand alone"
+        return [
+            Problem(node.name, name_of(node.target), why)
+            for node in self.trace.nodes
+            if node.name in self.shapes and any(part in self._of_batch and self._is_same(part) for part in node.all_input_nodes)
+        ]
+
+    @functools.cached_property
+    def _of_batch(self) -> set[torch.fx.Node]:
+        return of_batch(self.trace, *self.constants)
+
+    def _is_same(self, node: torch.fx.Node) -> bool:
+        return same(*(values.get(node.name) for values in self.constants))
 
     @property
     def output(self) -> torch.fx.Node:
@@ -121,10 +155,7 @@ class Graph:
 
     def constant(self, node: torch.fx.Node) -> Any:
         """The value of a node that is no signal; None where it depends on the batch."""
-        first, second = (values.get(node.name) for values in self.constants)
-        if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
-            return first if first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num()) else None
-        return first if type(first) is type(second) and first == second else None
+        return self.constants[0].get(node.name) if self._is_same(node) else None
 
     def call(self, node: torch.fx.Node, values: Mapping[torch.fx.Node, Any]) -> Call:
         """A call of a function or method, with these values of its signals."""
@@ -147,6 +178,8 @@ class Graph:
         if len(signals) != 1:
             raise Unsupported([Problem(node.name, name_of(node.target), "takes its place from a signal; entries can be picked by constant places only")])
         signal = signals.pop()
+        if node.target is operator.getitem and any(part in self._of_batch for part in node.all_input_nodes):
+            raise Unsupported([Problem(node.name, "getitem", "takes places counted from the number of inputs in a batch; each input must stand alone")])
         shape, found = self.shapes[signal.name], []
         for batch, values in zip(_BATCHES, self.constants, strict=True):
             numbers = torch.arange(batch * math.prod(shape), dtype=torch.float64).reshape(batch, *shape)
@@ -196,6 +229,11 @@ def _check_trace(net: nn.Module, graph: Graph) -> None:
             raise Unsupported([*graph._refusals(skip=()), Problem("", type(net).__name__, f"does not take a batch of {batch}: {line}")]) from error
         if not isinstance(own, torch.Tensor) or not isinstance(traced, torch.Tensor):
             raise Unsupported([Problem("", type(net).__name__, f"returns {type(own).__name__}; it must return one tensor")])
+        if graph.output.name not in graph.shapes:
+            raise Unsupported([Problem("output", type(net).__name__, "its output does not depend on its input")])
+        if own.shape != (batch, *graph.shapes[graph.output.name]):
+            why = f"makes {tuple(own.shape)} of a batch of {batch}; keep the batch as the first dimension (squeeze without dim drops a batch of one)"
+            raise Unsupported([Problem("", type(net).__name__, why)])
         if not (torch.equal(own.nan_to_num(), traced.nan_to_num()) and torch.equal(own.nan_to_num(), net(x.clone()).nan_to_num())):
             why = "gives other outputs than its forward as torch.fx traces it; look for operations in place, random numbers and branches on values"
             raise Unsupported([Problem("", type(net).__name__, why)])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.fx.node import map_arg
 
 import lipnet
 import sdp
@@ -717,7 +718,8 @@ def _reduced(self: Lowering, node: torch.fx.Node, values: dict[torch.fx.Node, An
     """Sums are exact; an entry of the matrix of a mean is one over a count."""
     x, made = values[node.all_input_nodes[0]], self.graph.shapes[node.name]
     self.check_memory(math.prod(x.shape) * math.prod(made))
-    matrix = _answers(lambda part: run_call(node, (part, *node.args[1:]), node.kwargs), x.shape)
+    arguments, options = map_arg((node.args[1:], dict(node.kwargs)), values.__getitem__)  # dimensions may be counted from sizes
+    matrix = _answers(lambda part: run_call(node, (part, *arguments), options), x.shape)
     return self.linear(matrix, x, made, error=4 * UNIT * np.abs(matrix))
 
 

@@ -118,6 +118,26 @@ def _grows_in_place(module: nn.Module) -> bool:
     return bool(getattr(module, "inplace", False)) and not -1 <= low <= high <= 1
 
 
+def of_batch(trace: torch.fx.Graph, first: Mapping[str, Any], second: Mapping[str, Any]) -> set[torch.fx.Node]:
+    """The nodes that are counted from the length of a batch, by their values for two lengths: those that differ, and what is computed from them.
+
+    A part of what differs is only counted from it where it differs itself: `shape[1]` is a part of the shape.
+    """
+    found: set[torch.fx.Node] = set()
+    for node in trace.nodes:
+        from_nodes = inputs_of((node.args[1:] if node.target is operator.getitem else node.args, node.kwargs))
+        if node.name in first and (not same(first[node.name], second.get(node.name)) or any(part in found for part in from_nodes)):
+            found.add(node)
+    return found
+
+
+def same(first: Any, second: Any) -> bool:
+    """Whether two values of a node are one."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.equal(first.nan_to_num(), second.nan_to_num())
+    return type(first) is type(second) and bool(first == second)
+
+
 def _sizes(trace: torch.fx.Graph) -> set[torch.fx.Node]:
     """The nodes that are sizes of signals, and numbers that are counted from those."""
     found: set[torch.fx.Node] = set()
@@ -136,7 +156,7 @@ def _lifted(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[
     """Changes the graph in place, and returns the module that holds what was added; the network itself, where nothing was."""
     lift = _Lift(net, trace, input_shape)
     for node in list(trace.nodes):
-        if node.op in ("call_function", "call_method"):
+        if node.op in ("call_function", "call_method", "call_module"):
             lift.node(node)
     for node in [node for node in trace.nodes if node.op == "get_attr" and not node.users]:
         trace.erase_node(node)
@@ -156,6 +176,8 @@ class _Lift:
         inputs = node.all_input_nodes
         if inputs and all(self._is_constant(part) for part in inputs):
             self._fold(node)
+        elif node.op == "call_module":
+            return
         elif node.target is operator.getitem and isinstance(node.args[0], torch.fx.Node) and _splits(node.args[0]) and isinstance(node.args[1], int):
             split = node.args[0]
             made = self._before(node).call_function(piece, (split.args[0], name_of(split.target), node.args[1], *split.args[1:]), dict(split.kwargs))
@@ -207,7 +229,7 @@ class _Lift:
         """What is computed from stored numbers alone, as the forward computes it."""
         arguments, options = map_arg((node.args, dict(node.kwargs)), self._value)
         try:
-            value = run_call(node, arguments, options)
+            value = self._run(node, arguments, options)
         except Exception as error:  # whatever the forward raises
             self.problems.append(Problem(node.name, name_of(node.target), f"cannot be computed ({(str(error).splitlines() or [''])[0]})"))
             return
@@ -217,6 +239,12 @@ class _Lift:
         self.constants[node] = value
         for user in list(node.users):
             user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda part: value if part is node else part)
+
+    def _run(self, node: torch.fx.Node, arguments: Any, options: Any) -> Any:
+        if node.op != "call_module":
+            return run_call(node, arguments, options)
+        copies = [part.clone() if isinstance(part, Tensor) else part for part in arguments]  # a module may work in place
+        return self.net.get_submodule(str(node.target))(*copies, **options)
 
     def _add(self, name: str, value: nn.Module | Tensor) -> str:
         """A new module or stored number beside those of the network, which stays as it is."""
@@ -244,7 +272,8 @@ class _Lift:
             with contextlib.suppress(Exception):  # found again, and named, by the trial run
                 run.run(torch.zeros(batch, *self.input_shape, dtype=dtype))
             runs.append(run.found)
-        return {name: value for name, value in runs[0].items() if runs[1].get(name) == value}
+        counted = {node.name for node in of_batch(self.trace, *runs)}
+        return {name: value for name, value in runs[0].items() if same(value, runs[1].get(name)) and name not in counted}
 
 
 class _Counter(torch.fx.Interpreter):

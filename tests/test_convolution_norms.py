@@ -12,6 +12,7 @@ from test_convolution import ROUNDING, matrix_norm
 from test_proof import exact, exact_gram, exact_shift, exactly_semidefinite
 from torch import nn
 
+import certify
 from benchmarks import norms
 from certify import convolution
 from certify.convolution import spectrum_norm
@@ -142,3 +143,10 @@ def test_the_script_runs(tmp_path, monkeypatch, capsys):
     assert all(one["over"] >= -1e-9 for one in written["methods"] if one["claims"] == "proof")
     with pytest.raises(SystemExit, match="give a checkout"):
         norms.checkout(tmp_path)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.CircularPad1d((-1, 4)), torch.nn.CircularPad2d((1, 1, -1, 1))])
+def test_negative_circular_borders_are_refused(layer):
+    """torch fails on some of them, and gives numbers that change from run to run on others."""
+    with pytest.raises(certify.CertifyError):
+        certify.lipschitz(torch.nn.Sequential(layer).eval(), input_shape=(2, *(4,) * (len(layer.padding) // 2)))

@@ -169,3 +169,20 @@ def test_in_place_operations_are_made_functions_by_the_export():
     x = torch.randn(3, 4)
     assert torch.equal(parent(x), net(x))
     assert traced(net, (4,))[0] is net
+
+
+@pytest.mark.parametrize("limit", [7, 1000])
+def test_a_branch_on_the_length_of_the_batch_is_refused(limit):
+    """Batches of 3 and 5 take one side of it, and the constant was that of the side which large batches do not take."""
+
+    class Branching(nn.Module):
+        def forward(self, x):
+            return 100 * x if len(x) == limit else x
+
+    class Counting(nn.Module):
+        def forward(self, x):
+            return (x if x.shape[1] == 4 else -x) * (1 + x.shape[0] // limit)
+
+    for net in (Branching(), Counting()):
+        with pytest.raises(certify.Unsupported, match="number of inputs in a batch"):
+            certify.lipschitz(net.eval(), input_shape=(4,))

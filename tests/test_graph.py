@@ -326,3 +326,100 @@ def test_complex_weights_are_refused():
     net = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)).eval()
     with pytest.raises((certify.Unsupported, ValueError)):
         certify.lipschitz(net, input_shape=(4,))
+
+
+class Counting(nn.Module):
+    """A forward that does something with the length of the batch."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.inner, self.does = nn.Linear(4, 4), [does]
+
+    def forward(self, x):
+        return self.does[0](self.inner(x))
+
+
+@pytest.mark.parametrize(
+    "does",
+    [
+        lambda x: x + 100 * x * (x.shape[0] // 7),
+        lambda x: x[:, : 2 + x.shape[0] // 7],
+        lambda x: x[:, : 107 - x.shape[0]],
+        lambda x: x.reshape(x.shape[0], 2 + x.shape[0] // 7, -1).sum(1),
+        lambda x: x.clamp(0, 1 + x.shape[0] // 7),
+        lambda x: x - x.roll(15, 0),
+        lambda x: x - x.roll(60),
+    ],
+)
+def test_a_number_that_both_trial_batches_have_by_chance_is_refused(does):
+    """Each gives a batch of 1024 something else than it gives batches of 3 and 5, and its constant was that of the small ones."""
+    with pytest.raises(certify.Unsupported, match=r"number of inputs in a batch|inputs of a batch|no rule"):
+        certify.lipschitz(Counting(does).eval(), input_shape=(4,))
+
+
+def test_sizes_of_one_input_may_be_counted_with():
+    net = Counting(lambda x: x.reshape(x.shape[0], x.shape[1] // 2, -1).mean(dim=x.dim()) * x.shape[1]).eval()
+    expected = spectral(torch.block_diag(torch.ones(1, 2), torch.ones(1, 2)) @ net.inner.weight * 2)
+    for method in (certify.Layerwise(), certify.LipSDP()):
+        assert certify.lipschitz(net, method, input_shape=(4,)).value >= expected * (1 - 1e-9)
+
+
+class Holding(nn.Module):
+    """Numbers that no state dict holds."""
+
+    def __init__(self, factor, how):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        if how == "buffer":
+            self.register_buffer("factor", torch.full((4,), factor), persistent=False)
+        else:
+            self.factor = torch.full((4,), factor)
+        self.inner.load_state_dict({"weight": torch.eye(4), "bias": torch.zeros(4)})
+
+    def forward(self, x):
+        return self.inner(x) * self.factor
+
+
+@pytest.mark.parametrize("how", ["buffer", "attribute"])
+def test_a_bound_belongs_to_the_numbers_that_no_state_dict_holds(how):
+    """The two networks have one state dict; the bound of the first certified the second, with radii fifty times too large."""
+    first, second = (Holding(factor, how).eval() for factor in (1.0, 50.0))
+    bound = certify.lipschitz(first, input_shape=(4,))
+    with pytest.raises(certify.StaleBound):
+        certify.robustness(second, torch.randn(2, 4), certify.Margin(bound))
+    assert certify.robustness(Holding(1.0, how).eval(), torch.randn(2, 4), certify.Margin(bound)).radius.shape == (2,)
+
+
+def test_permuted_axes_are_picked_entries_for_lipsdp():
+    net = Counting(lambda x: x.unflatten(1, (2, 2)).permute(0, 2, 1).flatten(1)).eval()
+    exact = spectral(net.inner.weight)
+    assert exact <= certify.lipschitz(net, certify.LipSDP(), input_shape=(4,)).value <= exact * (1 + 1e-6)
+
+
+class Stored(nn.Module):
+    """A forward with a stored tensor."""
+
+    def __init__(self, does):
+        super().__init__()
+        self.weight, self.act, self.does = nn.Parameter(torch.tensor([-5.0, 2.0, 0.5, 1.0])), nn.ReLU(inplace=True), [does]
+
+    def forward(self, x):
+        return self.does[0](self, x)
+
+
+def test_modules_of_stored_numbers_are_numbers():
+    net = Stored(lambda self, x: x * self.act(self.weight * 1)).eval()
+    for method in (certify.Layerwise(), certify.LipSDP()):
+        assert certify.lipschitz(net, method, input_shape=(4,)).value == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        (lambda self, x: self.weight.expand(x.shape[0], 4), "does not depend on its input"),
+        (lambda self, x: (x * self.weight).unsqueeze(1).squeeze(), "batch of 1"),
+    ],
+)
+def test_outputs_that_are_no_function_of_each_input_are_refused(does, why):
+    with pytest.raises(certify.Unsupported, match=why):
+        certify.lipschitz(Stored(does).eval(), input_shape=(4,))

@@ -95,7 +95,7 @@ def _factor(call: Call) -> tuple[Bound, Array]:
     return _spread(call)[0], sizes
 
 
-@register_operator(torch.flatten, "flatten", "reshape", "view", torch.reshape, "permute")
+@register_operator(torch.flatten, "flatten", "reshape", "view", torch.reshape)
 def _rearrange(call: Call) -> Bound:
     """A rearrangement of each input: the trial run has shown that the batch stays the first dimension, and the numbers what they are."""
     _no_options("reshape", {name: value for name, value in call.options.items() if name not in ("start_dim", "end_dim")})
@@ -107,7 +107,7 @@ _BOTH = (
     "index_select", "diagonal", "clone",
 )  # fmt: skip
 PICKING: tuple[Any, ...] = (
-    operator.getitem, piece, "expand", "repeat", "unfold", "contiguous", "detach", *(getattr(torch, name) for name in _BOTH), *_BOTH[1:],
+    operator.getitem, piece, "expand", "repeat", "unfold", "contiguous", "detach", *(getattr(torch, name) for name in _BOTH), *_BOTH,
     *(overload for overloads in REARRANGING.values() for overload in overloads),
 )  # fmt: skip
 
@@ -117,8 +117,18 @@ def _pick(call: Call) -> Bound:
     """Entries are moved, left out or repeated, wherever they are: the root of how often one of them is shown."""
     if not call.bounds:
         raise _refuse(call.name, "is not supported here")
+    _check_roll(call)
     shown = int(np.bincount(call.picked()).max(initial=0))
     return Bound(root_up(shown), "a rearrangement" if shown == 1 else f"an entry is shown up to {shown} times") @ call.bounds[0]
+
+
+def _check_roll(call: Call) -> None:
+    """Refuse to roll the batch: by a multiple of the lengths of the trial batches, it looks as if it did nothing."""
+    if call.name.split(".")[0] == "roll":
+        given = call.args[2] if len(call.args) > 2 else call.options.get("dims")
+        dims = given if isinstance(given, list | tuple) else [given]
+        if not dims or any(not isinstance(dim, int) or dim % (len(call.made) + 1) == 0 for dim in dims):
+            raise _refuse("roll", f"over dims={given} mixes the inputs of a batch; name the other dimensions")
 
 
 @register_operator("size", "dim", "ndimension", "numel", getattr)

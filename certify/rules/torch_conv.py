@@ -276,6 +276,8 @@ def _(module: Any, shape: Shape) -> Bound:
     mode = next(_BORDERS[cls] for cls in type(module).__mro__ if cls in _BORDERS)
     pads = module.padding[::-1]  # torch takes the last axis first, before and after
     sizes = _sizes(module, shape, len(pads) // 2)
+    if mode == "circular" and min(pads) < 0:  # of which torch makes overlapping memory, or leaves some unwritten
+        _refuse(module, f"has the circular border {tuple(module.padding)}, and negative ones are not known; cut the image by a slice before it")
     shown = math.prod(_shown(n, before, after, mode) for n, before, after in zip(sizes, pads[1::2], pads[::2], strict=True))
     return Bound(root_up(shown), f"{mode} border: a pixel is shown up to {shown} times")
 
