@@ -16,8 +16,9 @@ from certify.bound import Array, Assumption, Ball, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
 from certify.local.clarke import bound_jacobian
-from certify.local.condense import condense, output_range
+from certify.local.condense import Condensed, condense, output_range
 from certify.local.crown import upper_bounds
+from certify.local.decide import lowest
 from certify.local.method import DUAL, limit_of, program_of
 from certify.local.program import Gate, Program
 from certify.local.region import Region
@@ -51,7 +52,8 @@ class LocalMargin(OneByOne[Seen]):
     From a ball to the next larger one a margin falls by at most the difference of their radii times a bound of its gradient in the larger (the staircase of
     RecurJac, Zhang et al. 2019), and is at least what linear relaxations (CROWN) prove of it there, and what the layers' norms prove everywhere; the largest of
     the three is kept. The balls grow by about one of `steps` parts of the radius that the gradient at the input would give, by less where that is too far, and
-    the search ends within one of `2 steps` parts of the radius. With a `radius`, it ends there.
+    the search ends within one of `2 steps` parts of the radius. With a `radius`, only that is asked: linear relaxations with lines chosen for each margin, then
+    branch and bound with up to `nodes` for each (alpha-beta-CROWN, Wang et al. 2021), then balls that grow up to there; a point of another class ends it.
     `within` leaves out all inputs with entries outside of a range. Norms: 1, 2 and inf. `seconds` are for each input: what is proved by then is the radius.
     """
 
@@ -61,6 +63,7 @@ class LocalMargin(OneByOne[Seen]):
     steps: int = 8
     within: tuple[float, float] | None = None
     memory: float = 1.0  # GiB, for the gates that a ball leaves undecided
+    nodes: int = 2000
     seconds: float = dataclasses.field(default=math.inf, repr=False)  # it changes how much is found, not what a radius means
 
     def __post_init__(self) -> None:
@@ -73,6 +76,8 @@ class LocalMargin(OneByOne[Seen]):
                 f"a whole number of steps from 1 to {_MOST:,}, and positive memory and seconds are needed, "
                 f"got {self.steps} steps, {self.memory} GiB and {self.seconds} seconds"
             )
+        if not isinstance(self.nodes, int) or self.nodes < 0:
+            raise CertifyError(f"nodes is the most that branch and bound looks at for each margin, 0 or more, got {self.nodes}")
         if self.within is not None and not (_numbers(self.within) and len(self.within) == 2 and -math.inf < self.within[0] < self.within[1] < math.inf):
             raise CertifyError(f"within is the smallest and the largest entry that an input can have, such as (0, 1), got {self.within}")
 
@@ -124,9 +129,11 @@ class _Walk:
         if not bool((start > 0).all()):
             self.limit = self.others[int(start.argmin())]
             return 0.0
-        if math.isfinite(goal) and (found := self._tried(goal)) is not None and bool((found[0] > 0).all()):
-            return goal
         best = self._limited(start, self.everywhere, 0.0)  # what is known without looking around the input
+        if math.isfinite(goal):
+            answer = True if best >= goal else self.asked(goal)
+            if answer is not None:
+                return goal if answer else best
         first = float((start / slopes.clamp(min=1e-300)).min())  # to the first order
         size = 1.0 + float(np.linalg.norm(self.x, ord=self.method.norm))  # where all gates are shut or flat the gradient is 0, and says nothing
         usual = min(first, size) / self.method.steps
@@ -163,6 +170,16 @@ class _Walk:
         except (CertifyError, TimeoutError):
             return None
 
+    def asked(self, radius: float) -> bool | None:
+        """Whether all margins are positive in a closed ball; False where a point of it was seen that has another class, None where neither is known."""
+        nodes, now = 0 if self.method.radius is None else self.method.nodes, time.monotonic()
+        try:
+            below, refuted = lowest(self.condensed(radius), nodes=nodes, until=now + 0.75 * (self.end - now))
+        except (CertifyError, TimeoutError):
+            return None
+        self.limit = self.others[int(below.argmin())]
+        return True if bool((_down(below) > 0).all()) else False if refuted else None
+
     def at_input(self) -> tuple[Tensor, Tensor]:
         """At most the margins, and about the size of the gradients of the smallest of them; 0 for the others."""
         leaf = torch.from_numpy(self.x.copy()).requires_grad_(True)
@@ -183,14 +200,18 @@ class _Walk:
         ball = Region.of(Ball(self.x, radius, self.method.norm), self.x.size)
         return ball if self.method.within is None else ball.clipped(*self.method.within)
 
+    def condensed(self, radius: float) -> Condensed:
+        """The margins in the closed ball."""
+        now = time.monotonic()
+        return condense(self.program, self.region(radius), self.rows, limit=limit_of(self.method.memory), until=now + (self.end - now) / 3)
+
     def in_ball(self, radius: float) -> tuple[Tensor, Tensor]:
         """At most the smallest margin to each other class in the closed ball, and at least its Lipschitz constant there."""
-        region, now = self.region(radius), time.monotonic()
-        until = now + (self.end - now) / 3
-        condensed = condense(self.program, region, self.rows, limit=limit_of(self.method.memory), until=until)
+        seconds = (self.end - time.monotonic()) / 3
+        condensed = self.condensed(radius)
         work = len(self.rows) * condensed.undecided**2 * (condensed.undecided / 3 + 2 * len(self.x))
-        below = -upper_bounds(condensed.layers, region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
-        slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < min(_WORK, _RATE * (until - now)) else torch.full_like(below, math.inf)
+        below = -upper_bounds(condensed.layers, condensed.region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
+        slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < min(_WORK, _RATE * seconds) else torch.full_like(below, math.inf)
         return _down(below), slopes
 
 
