@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from certify.bound import Ball, Box, Domain
 from certify.errors import CertifyError
+from certify.local.directed import downward, upward
 from certify.local.program import Gate, Program
 from certify.local.region import Region
 from sdp.activation import RELU
@@ -215,8 +216,7 @@ def _bounded(module: nn.Module, center: Tensor) -> Any:
 
 def _box(center: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """What auto_LiRPA takes for a box; a last place wider, for the sums that made its ends."""
-    infinity = torch.tensor(math.inf, dtype=low.dtype)
-    ends = torch.nextafter(low, -infinity).reshape(center.shape), torch.nextafter(high, infinity).reshape(center.shape)
+    ends = downward(low).reshape(center.shape), upward(high).reshape(center.shape)
     parts = _lirpa()
     return parts.BoundedTensor(center, parts.PerturbationLpNorm(norm=math.inf, x_L=ends[0], x_U=ends[1]))
 

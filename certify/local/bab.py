@@ -22,6 +22,7 @@ from certify.errors import CertifyError
 from certify.local.clarke import Jacobian, bound_jacobian, with_slack
 from certify.local.condense import Condensed, Layer, condense
 from certify.local.crown import linear_upper_bounds
+from certify.local.directed import upward
 from certify.local.halfspaces import HalfSpaces, excludes, into, propose
 from certify.local.program import Program
 from certify.local.region import Region
@@ -171,7 +172,7 @@ def _ranges(condensed: Condensed, nodes: _Nodes) -> tuple[_Nodes, _Spaces, Tenso
 
     The weights of the nodes are the l1 norms of the lines around each gate.
     """
-    region, infinity = condensed.region, torch.tensor(torch.inf, dtype=torch.float64)
+    region = condensed.region
     count, inputs = len(nodes), condensed.inputs.shape[1]
     low, high = nodes.low.clone(), nodes.high.clone()
     empty = torch.zeros(count, dtype=torch.bool)
@@ -182,8 +183,8 @@ def _ranges(condensed: Condensed, nodes: _Nodes) -> tuple[_Nodes, _Spaces, Tenso
         n, part = layer.count, slice(start, start + layer.count)
         center, to_inputs, to_gates = (torch.cat([rows, -rows]) for rows in (layer.center, layer.inputs, layer.earlier))
         total, g = linear_upper_bounds(done, region, center, to_inputs, to_gates)
-        total = torch.nextafter(total + torch.cat([layer.slack, layer.slack]), infinity)
-        top = torch.nextafter(total + region.support(g), infinity)
+        total = upward(total + torch.cat([layer.slack, layer.slack]))
+        top = upward(total + region.support(g))
         total, g, top = total.expand(count, 2 * n), g.expand(count, 2 * n, inputs), top.expand(count, 2 * n)
         least, most = torch.fmax(low[:, part], -top[:, n:]), torch.fmin(high[:, part], top[:, :n])  # NaN, of an overflow, says nothing
         opened, shut = nodes.decided[:, part] > 0, nodes.decided[:, part] < 0

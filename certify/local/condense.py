@@ -20,6 +20,7 @@ from torch import Tensor
 from certify.errors import CertifyError
 from certify.local.alpha import tightened
 from certify.local.crown import upper_bounds
+from certify.local.directed import downward, upward
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
 from certify.local.relax import Lines, of_gate
@@ -186,11 +187,10 @@ class _Sweep:
         """The input."""
         shape = (1, *self.program.input_shape)
         low, high = (self.region.center + end for end in (self.region.low, self.region.high))
-        infinity = torch.tensor(torch.inf, dtype=torch.float64)
         return _Signal(
             self.input.reshape(shape),
-            torch.nextafter(low, -infinity).reshape(shape),
-            torch.nextafter(high, infinity).reshape(shape),
+            downward(low).reshape(shape),
+            upward(high).reshape(shape),
             (self.region.center.abs() + self.region.reach).reshape(shape),
         )
 
@@ -263,9 +263,7 @@ class _Sweep:
                 again = torch.nonzero(left.repeat(2)).flatten()
                 tighter = tightened(self.layers, self.region, centers[again], to_inputs[again], to_gates[again], self.steps)
                 top[again] = torch.fmin(top[again], tighter)
-            infinity = torch.tensor(torch.inf, dtype=torch.float64)
-            sharp_high = torch.nextafter(top[:n] + slack, infinity)
-            sharp_low = torch.nextafter(-top[n:] - slack, -infinity)
+            sharp_high, sharp_low = upward(top[:n] + slack), downward(-top[n:] - slack)
             lower, upper = torch.fmax(low[index], sharp_low), torch.fmin(high[index], sharp_high)  # where sums overflow they say nothing
         return Layer(gate, index, center, slack, inputs, earlier, signal.size.flatten()[index], lower, upper)
 

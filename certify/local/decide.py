@@ -19,6 +19,7 @@ from torch import Tensor
 from certify.local.alpha import tightened
 from certify.local.condense import Condensed, Layer
 from certify.local.crown import upper_bounds
+from certify.local.directed import upward
 from certify.local.halfspaces import into
 from sdp.proof import gamma
 
@@ -201,7 +202,7 @@ class _Search:
                 tried = values.requires_grad_(step < steps)
                 bounds = self.bounds(layers, nodes, tried, tried)
                 gradient = torch.autograd.grad(bounds.sum(), tried)[0].nan_to_num(0.0) if step < steps else torch.zeros_like(values)
-            bounds, values = torch.nextafter(bounds.detach(), torch.tensor(math.inf, dtype=torch.float64)), tried.detach()
+            bounds, values = upward(bounds.detach()), tried.detach()
             better = bounds < best
             best, kept = torch.where(better, bounds, best), torch.where(better[:, None], values, kept)
             if bool((best < 0).all()):

@@ -18,7 +18,7 @@ from certify.errors import CertifyError
 from certify.graph import Graph
 from certify.local.clarke import bound_jacobian
 from certify.local.condense import condense
-from certify.local.method import program_of
+from certify.local.method import limit_of, program_of
 from certify.local.program import Program
 from certify.local.region import Region
 from certify.registry import Shape
@@ -84,7 +84,7 @@ def monotone(
         raise CertifyError(f"memory is a positive number of GiB, got memory={memory}")
     low, high = np.full((len(asked), inputs), np.inf), np.full((len(asked), inputs), -np.inf)
     for piece in _pieces(domain, pieces, along, inputs):
-        least, most = bound_jacobian(condense(program, Region.of(piece, inputs), asked, limit=int(memory * 2**30 / 32))).range
+        least, most = bound_jacobian(condense(program, Region.of(piece, inputs), asked, limit=limit_of(memory))).range
         low, high = np.minimum(low, least.numpy()), np.maximum(high, most.numpy())
     return Monotone(
         signs=np.where(low >= 0, 1, np.where(high <= 0, -1, 0)).astype(np.int8),

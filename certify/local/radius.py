@@ -19,6 +19,7 @@ from certify.local.clarke import bound_jacobian
 from certify.local.condense import Condensed, condense, output_range
 from certify.local.crown import upper_bounds
 from certify.local.decide import lowest
+from certify.local.directed import downward, upward
 from certify.local.method import DUAL, limit_of, program_of
 from certify.local.program import Gate, Program
 from certify.local.region import Region
@@ -144,8 +145,8 @@ class _Walk:
             if found is not None:
                 below, slopes = found
                 slopes = torch.minimum(slopes, self.everywhere)
-                fallen = _down(margins - _up(slopes * _up(torch.tensor(target - radius, dtype=torch.float64))))
-                after = torch.maximum(torch.maximum(below, fallen), _down(start - _up(self.everywhere * target)))
+                fallen = downward(margins - upward(slopes * upward(torch.tensor(target - radius, dtype=torch.float64))))
+                after = torch.maximum(torch.maximum(below, fallen), downward(start - upward(self.everywhere * target)))
                 if bool((after > 0).all()):
                     radius, margins = target, after
                     step = min(step * _GROWTH, max(usual, radius / 4))
@@ -178,7 +179,7 @@ class _Walk:
         except (CertifyError, TimeoutError):
             return None
         self.limit = self.others[int(below.argmin())]
-        return True if bool((_down(below) > 0).all()) else False if refuted else None
+        return True if bool((downward(below) > 0).all()) else False if refuted else None
 
     def at_input(self) -> tuple[Tensor, Tensor]:
         """At most the margins, and about the size of the gradients of the smallest of them; 0 for the others."""
@@ -186,7 +187,7 @@ class _Walk:
         low, high = output_range(self.program, self.region(0.0))
         above, below = self.rows.clamp(min=0), self.rows.clamp(max=0)
         room = 2 * gamma(len(low) + 4) * (self.rows.abs() @ torch.maximum(low.abs(), high.abs()))
-        margins = _down(above @ low + below @ high - room)
+        margins = downward(above @ low + below @ high - room)
         nearest = margins.argsort()[:_LOOKED_AT]
         with torch.enable_grad():
             y = self.program.run(leaf, lambda _, gate, z: torch.relu(z) if gate.activation == RELU else _leaning(gate, z))
@@ -212,7 +213,7 @@ class _Walk:
         work = len(self.rows) * condensed.undecided**2 * (condensed.undecided / 3 + 2 * len(self.x))
         below = -upper_bounds(condensed.layers, condensed.region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
         slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < min(_WORK, _RATE * seconds) else torch.full_like(below, math.inf)
-        return _down(below), slopes
+        return downward(below), slopes
 
 
 def _numbers(within: Sequence[object]) -> bool:
@@ -223,11 +224,3 @@ def _leaning(gate: Gate, z: Tensor) -> Tensor:
     """A gate with its slope at z, as a line through the origin: for a gradient, where the value is of no use."""
     least, most = gate.activation.slopes(*2 * [z.detach().numpy()])
     return z * torch.from_numpy(np.asarray((least + most) / 2))
-
-
-def _down(values: Tensor) -> Tensor:
-    return torch.nextafter(values, torch.tensor(-math.inf, dtype=torch.float64))
-
-
-def _up(values: Tensor) -> Tensor:
-    return torch.nextafter(values, torch.tensor(math.inf, dtype=torch.float64))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from certify.bound import Ball, Box, Domain
 from certify.errors import CertifyError
+from certify.local.directed import downward, upward
 from sdp.proof import gamma
 
 _TINY = 2.0**-500  # far above what squares and products lose by underflow
@@ -36,8 +37,7 @@ class Region:
         if isinstance(domain, Box) and domain.low.size == inputs and np.isfinite(domain.low).all() and np.isfinite(domain.high).all():
             low, high = (torch.from_numpy(np.array(end, dtype=np.float64).ravel()) for end in (domain.low, domain.high))
             center = low / 2 + high / 2
-            infinity = torch.tensor(math.inf, dtype=torch.float64)
-            return cls(center, torch.nextafter(low - center, -infinity).clamp(max=0), torch.nextafter(high - center, infinity).clamp(min=0))
+            return cls(center, downward(low - center).clamp(max=0), upward(high - center).clamp(min=0))
         raise CertifyError(f"a local bound is on a finite Box, or a Ball in l1, l2 or l-infinity, of {inputs} inputs, got {domain}")
 
     def clipped(self, smallest: float, largest: float) -> Region:
@@ -46,9 +46,8 @@ class Region:
             raise CertifyError(
                 f"the input has entries from {float(self.center.min()):g} to {float(self.center.max()):g}, outside of [{smallest:g}, {largest:g}]"
             )
-        smallest, largest, infinity = float(smallest), float(largest), torch.tensor(math.inf, dtype=torch.float64)
-        low = torch.maximum(self.low, torch.nextafter(smallest - self.center, -infinity)).clamp(max=0)
-        high = torch.minimum(self.high, torch.nextafter(largest - self.center, infinity)).clamp(min=0)
+        low = torch.maximum(self.low, downward(float(smallest) - self.center)).clamp(max=0)
+        high = torch.minimum(self.high, upward(float(largest) - self.center)).clamp(min=0)
         return dataclasses.replace(self, low=low, high=high)
 
     @property
