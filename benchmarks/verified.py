@@ -10,7 +10,7 @@ image that is classified rightly, loading not included.
 The SDP-FO networks take CIFAR images normalised as their authors did, (x - (125.3, 123, 113.9) / 255) / ((63, 62.1, 66.7) / 255), and MNIST images as they are.
 Other numbers raise the accuracy on clean images by a few per cent, as they raise the contrast, and lower what is verified.
 
-Peers are figures from the literature, of all 200 images (resnet2b: of all 10,000 test images), on GPUs, with up to 200 seconds for each image.
+Peers are figures from the literature, of all 200 images (resnet2b: of all 10,000 test images), on their machines.
 """
 
 from __future__ import annotations
