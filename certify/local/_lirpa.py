@@ -119,7 +119,7 @@ def dense(program: Program, limit: int) -> list[dict[int, tuple[Tensor, Tensor]]
             raise CertifyError(f'backend="auto_lirpa" would need more than {limit:,} numbers for the maps between the gates; take backend="own"')
         sums.append(_maps(z.flatten(), leaves))
 
-    def cut(number: int, gate: Gate, z: Tensor) -> Tensor:
+    def cut(gate: Gate, z: Tensor) -> Tensor:
         if gate.activation != RELU:
             raise CertifyError(f'backend="auto_lirpa" is for ReLU and what is made of it, not for {gate.name}; take backend="own"')
         keep(z)

@@ -39,16 +39,31 @@ def _descent(layers: Sequence[Relaxed], region: Region, center: Tensor, inputs: 
     """Adam on the slopes of all rows at once: they do not depend on each other, and its steps do not depend on their scales."""
     first = torch.cat([layer.lines.low_slope for layer in layers]).expand(gates.shape)
     free = torch.cat([torch.full_like(layer.center, float(layer.through_zero)) for layer in layers])
-    slopes, mean, square = first.clone(), torch.zeros_like(first), torch.zeros_like(first)
+    slopes, adam = first.clone(), Adam(_RATE, steps)
     best = torch.full_like(center, torch.inf)
-    for step in range(steps + 1):
+    for _ in range(steps + 1):
         with torch.enable_grad():
             tried = slopes.requires_grad_(True)
             bounds = upper_bounds(layers, region, center, inputs, gates, tried)
             (gradient,) = torch.autograd.grad(bounds.sum(), tried)
         best, gradient = torch.fmin(best, bounds.detach()), gradient.nan_to_num(0.0)
-        mean, square = _MEAN * mean + (1 - _MEAN) * gradient, _SQUARE * square + (1 - _SQUARE) * gradient**2
-        pace = _RATE * 0.1 ** (step / steps) / (1 - _MEAN ** (step + 1)) * (1 - _SQUARE ** (step + 1)) ** 0.5
-        slopes = (tried.detach() - pace * free * mean / (square.sqrt() + 1e-300)).clamp(0.0, 1.0)
+        slopes = (tried.detach() - free * adam.step(gradient)).clamp(0.0, 1.0)
         slopes = torch.where(free > 0, slopes, first)
     return best
+
+
+class Adam:
+    """The steps of Adam (Kingma & Ba 2015), whose size does not depend on that of the gradients; they become ten times smaller on the way."""
+
+    def __init__(self, rate: float, steps: int) -> None:
+        self.rate, self.steps = rate, steps
+        self.done, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    def step(self, gradient: Tensor) -> Tensor:
+        """What is to be taken away next."""
+        self.mean = _MEAN * self.mean + (1 - _MEAN) * gradient
+        self.square = _SQUARE * self.square + (1 - _SQUARE) * gradient**2
+        shrunk = self.rate * 0.1 ** (self.done / max(1, self.steps))
+        self.done += 1
+        pace = shrunk / (1 - _MEAN**self.done) * (1 - _SQUARE**self.done) ** 0.5
+        return pace * self.mean / (self.square.sqrt() + 1e-300)

@@ -13,7 +13,7 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from certify.local.condense import Condensed, Layer, condense
 from certify.local.crown import linear_upper_bounds
 from certify.local.directed import upward
 from certify.local.halfspaces import HalfSpaces, excludes, into, propose
+from certify.local.nodes import Nodes
 from certify.local.program import Program
 from certify.local.region import Region
 from sdp.activation import RELU
@@ -119,30 +120,12 @@ def _meet(upper: float, lower: float, tolerance: float) -> bool:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Nodes:
+class _Nodes(Nodes):
     """Some nodes: what they decide, and bounds of the inputs of all gates there."""
 
-    decided: Tensor  # (nodes, gates): 1 open, -1 shut, 0 not decided
     low: Tensor  # (nodes, gates)
     high: Tensor
     weights: Tensor  # (nodes, gates): how much a decision can change; 0 for a gate that is decided, or that depends on no input
-
-    def __len__(self) -> int:
-        return len(self.decided)
-
-    def part(self, which: Tensor | slice) -> _Nodes:
-        return _Nodes(self.decided[which], self.low[which], self.high[which], self.weights[which])
-
-    @staticmethod
-    def joined(parts: Sequence[_Nodes]) -> _Nodes:
-        return _Nodes(*(torch.cat([getattr(part, name) for part in parts]) for name in ("decided", "low", "high", "weights")))
-
-    def split(self, of: Tensor, gates: Tensor) -> _Nodes:
-        """Node `of[i]` with gate `gates[i]` open, and after all these, shut."""
-        children = self.part(torch.cat([of, of]))
-        both = torch.cat([torch.ones(len(of), dtype=torch.int8), -torch.ones(len(of), dtype=torch.int8)])
-        children.decided[torch.arange(len(children)), torch.cat([gates, gates])] = both
-        return children
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,16 +138,6 @@ class _Spaces:
     def of(self, node: int, decided: Tensor) -> HalfSpaces:
         rows = torch.nonzero(decided[node]).flatten()
         return HalfSpaces(self.constant[node, rows], self.normal[node, rows])
-
-
-def _layers(condensed: Condensed, nodes: _Nodes) -> list[Layer]:
-    """The layers with the ranges of each node in place of those of the region."""
-    made, start = [], 0
-    for layer in condensed.layers:
-        part = slice(start, start + layer.count)
-        made.append(dataclasses.replace(layer, low=nodes.low[:, part], high=nodes.high[:, part]))
-        start = part.stop
-    return made
 
 
 def _ranges(condensed: Condensed, nodes: _Nodes) -> tuple[_Nodes, _Spaces, Tensor]:
@@ -205,7 +178,7 @@ def _jacobian(condensed: Condensed, nodes: _Nodes, row: int) -> Jacobian:
     return with_slack(
         dataclasses.replace(
             condensed,
-            layers=tuple(_layers(condensed, nodes)),
+            layers=tuple(condensed.with_ranges(nodes.low, nodes.high)),
             center=condensed.center[row].expand(len(nodes)),
             slack=condensed.slack[row].expand(len(nodes)),
             inputs=condensed.inputs[row].expand(len(nodes), -1),
@@ -245,19 +218,9 @@ class _Examples:
 
     def largest(self, row: int, q: float) -> float:
         """The norm of the largest gradient among all points."""
-        found = [self.gradients(part.double().clamp(min=0), row).norm(p=q, dim=1) for part in self.sides.split(_nodes_at_once(self.condensed))]
+        found = [self.condensed.gradients(part.double().clamp(min=0), row).norm(p=q, dim=1) for part in self.sides.split(_nodes_at_once(self.condensed))]
         best = int(torch.cat(found).argmax())
         return float(self.norms(self.sides[best : best + 1], row, q))
-
-    def gradients(self, slopes: Tensor, row: int) -> Tensor:  # (n, gates) -> (n, inputs)
-        """About the gradients of a row."""
-        condensed, stop = self.condensed, slopes.shape[1]
-        to_gates, to_inputs = condensed.gates[row].expand(slopes.shape), condensed.inputs[row].expand(len(slopes), -1)
-        for layer in reversed(condensed.layers):
-            start = stop - layer.count
-            p = slopes[:, start:stop] * to_gates[:, start:stop]
-            to_gates, to_inputs, stop = to_gates[:, :start] + p @ layer.earlier, to_inputs + p @ layer.inputs, start
-        return to_inputs
 
 
 def _distinct(sides: Tensor) -> Tensor:

@@ -103,6 +103,22 @@ class Condensed:
         """How many gates are left."""
         return sum(layer.count for layer in self.layers)
 
+    def with_ranges(self, low: Tensor, high: Tensor) -> list[Layer]:  # (nodes, gates) each
+        """The layers with the ranges of some nodes in place of those of the region."""
+        counts = [layer.count for layer in self.layers]
+        ranges = zip(self.layers, low.split(counts, dim=1), high.split(counts, dim=1), strict=True)
+        return [dataclasses.replace(layer, low=least, high=most) for layer, least, most in ranges]
+
+    def gradients(self, slopes: Tensor, rows: Tensor | int) -> Tensor:  # (n, gates) -> (n, inputs)
+        """About the gradients of n rows, or of one row n times, where the gates have these slopes."""
+        to_gates, stop = self.gates[rows].expand(slopes.shape), slopes.shape[1]
+        to_inputs = self.inputs[rows].expand(len(slopes), -1)
+        for layer in reversed(self.layers):
+            start = stop - layer.count
+            p = slopes[:, start:stop] * to_gates[:, start:stop]
+            to_gates, to_inputs, stop = to_gates[:, :start] + p @ layer.earlier, to_inputs + p @ layer.inputs, start
+        return to_inputs
+
 
 def condense(
     program: Program,
@@ -139,10 +155,7 @@ def output_range(program: Program, region: Region) -> tuple[Tensor, Tensor]:  # 
     """Bounds of every output on a region, step by step (interval arithmetic): loose, but for the smallest regions."""
     _check_scale(program, region)
     sweep = _Sweep(program, region)
-    values = {0: sweep.start()}
-    for k, step in enumerate(program.steps):
-        values[k + 1] = sweep.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else _bent(step, values[step.input])
-    output = values[program.output]
+    output = program.follow(sweep.start(), sweep.affine, _bent)
     return output.low.flatten(), output.high.flatten()
 
 
@@ -175,13 +188,7 @@ class _Sweep:
         self.total = 0
 
     def run(self, rows: Tensor) -> Condensed:
-        values = {0: self.start()}
-        for k, step in enumerate(self.program.steps):
-            values[k + 1] = self.affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else self.gate(step, values[step.input])
-            for i in step.inputs:
-                if self.program.last_use.get(i) == k:
-                    values.pop(i, None)
-        return self.outputs(values[self.program.output], rows)
+        return self.outputs(self.program.follow(self.start(), self.affine, self.gate), rows)
 
     def start(self) -> _Signal:
         """The input."""
@@ -221,7 +228,8 @@ class _Sweep:
             layer, silent = _part(layer, torch.nonzero(undecided & ~silent).flatten()), index[undecided & silent]
         else:
             layer, silent = None, index
-        slope, intercept = _lines(gate, low, high)
+        least, most = slopes(gate, low, high)
+        slope, intercept = torch.where(least == most, least, 0.0), _intercept(gate, low, high)
         image_low, image_high = image(gate, low, high)
         size = slope.abs() * signal.size.flatten() + intercept.abs()
         size[silent] = signal.size.flatten()[silent]  # relu of what is 0 but for rounding: its error is no more than that of its input
@@ -237,7 +245,6 @@ class _Sweep:
             size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
             if self.used() > self.limit:
                 raise CertifyError(f"{sum(map(len, self.cuts)):,} undecided gates on this region need more memory than allowed; take a smaller region")
-        least, most = slopes(gate, low, high)
         self.slopes.append((torch.maximum(least.abs(), most.abs()), cut))
         shape = signal.value.shape
         return _Signal(flat.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
@@ -313,7 +320,7 @@ class _Sweep:
         inside: list[Tensor] = []  # of the undecided gates
         outside: list[Tensor] = []
 
-        def bend(number: int, gate: Gate, z: Tensor) -> Tensor:
+        def bend(gate: Gate, z: Tensor) -> Tensor:
             steepest, cut = next(slopes)
             flat = z.flatten()
             out = flat * steepest
@@ -373,9 +380,6 @@ def _undecided(gate: Gate, low: Tensor, high: Tensor) -> Tensor:
     return most > least
 
 
-def _lines(gate: Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept of the decided entries; 0 for the others."""
-    least, most = slopes(gate, low, high)
-    decided = least == most
-    intercept = torch.zeros_like(low) if gate.activation == RELU else torch.from_numpy(gate.activation.intercept(low.numpy(), high.numpy()))
-    return torch.where(decided, least, 0.0), torch.where(decided, intercept, 0.0)
+def _intercept(gate: Gate, low: Tensor, high: Tensor) -> Tensor:
+    """`p - slope z` of the entries that are one line on their range; 0 for the others."""
+    return torch.zeros_like(low) if gate.activation == RELU else torch.from_numpy(gate.activation.intercept(low.numpy(), high.numpy()))

@@ -16,18 +16,18 @@ import time
 import torch
 from torch import Tensor
 
-from certify.local.alpha import tightened
+from certify.local.alpha import Adam, tightened
 from certify.local.condense import Condensed, Layer
 from certify.local.crown import upper_bounds
 from certify.local.directed import upward
 from certify.local.halfspaces import into
+from certify.local.nodes import Nodes
 from sdp.proof import gamma
 
 _STEPS = 20  # for the slopes of a row, before anything is decided
 _STEPS_IN_NODE = 5
 _STEPS_AT_LEAF = 200
 _RATE = 0.2  # of the first step; the last is a tenth of it
-_MEAN, _SQUARE = 0.8, 0.95  # how much of the past Adam keeps
 _CANDIDATES = 6  # gates that are tried for each node
 _WORK = 2**22  # numbers in the coefficients of one batch of nodes
 _BATCH = 64
@@ -71,7 +71,7 @@ def refuted(condensed: Condensed, rows: Tensor) -> bool:
         open_, values = _forward(condensed, d, rows)
         if bool((values < -clear).any()):
             return True
-        g = _gradient(condensed, open_, rows)
+        g = condensed.gradients(open_, rows)
         way = g.sign() if region.p == math.inf else g / torch.linalg.vector_norm(g, dim=1, keepdim=True).clamp(min=1e-300)
         reach = region.reach if region.p == math.inf else region.radius
         d = into(region, d - way * reach * (0.5 if step < _TRIES // 2 else 0.1))
@@ -90,39 +90,12 @@ def _forward(condensed: Condensed, d: Tensor, rows: Tensor) -> tuple[Tensor, Ten
     return slopes, condensed.center[rows] + (condensed.inputs[rows] * d).sum(1) + (condensed.gates[rows] * p).sum(1)
 
 
-def _gradient(condensed: Condensed, slopes: Tensor, rows: Tensor) -> Tensor:
-    to_gates, to_inputs, stop = condensed.gates[rows], condensed.inputs[rows], slopes.shape[1]
-    for layer in reversed(condensed.layers):
-        start = stop - layer.count
-        p = slopes[:, start:stop] * to_gates[:, start:stop]
-        to_gates, to_inputs, stop = to_gates[:, :start] + p @ layer.earlier, to_inputs + p @ layer.inputs, start
-    return to_inputs
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Nodes:
+class _Nodes(Nodes):
     """What some nodes decide, and the slopes and multipliers that were best for them, or for their parents."""
 
-    decided: Tensor  # (nodes, gates): 1 open, -1 shut, 0 not decided
     alpha: Tensor  # (nodes, gates)
     beta: Tensor  # (nodes, gates), in units of the row's coefficients
-
-    def __len__(self) -> int:
-        return len(self.decided)
-
-    def part(self, which: Tensor | slice) -> _Nodes:
-        return _Nodes(self.decided[which], self.alpha[which], self.beta[which])
-
-    def split(self, of: Tensor, gates: Tensor) -> _Nodes:
-        """Node `of[i]` with gate `gates[i]` open, and after all these, shut."""
-        children = self.part(torch.cat([of, of]))
-        both = torch.cat([torch.ones(len(of), dtype=torch.int8), -torch.ones(len(of), dtype=torch.int8)])
-        children.decided[torch.arange(len(children)), torch.cat([gates, gates])] = both
-        return children
-
-    @staticmethod
-    def joined(parts: list[_Nodes]) -> _Nodes:
-        return _Nodes(*(torch.cat([getattr(part, name) for part in parts]) for name in ("decided", "alpha", "beta")))
 
 
 class _Search:
@@ -170,9 +143,7 @@ class _Search:
         """With the ranges of each node."""
         low = torch.where(nodes.decided > 0, self.low.clamp(min=0), self.low)
         high = torch.where(nodes.decided < 0, self.high.clamp(max=0), self.high)
-        counts = [layer.count for layer in self.condensed.layers]
-        ranges = zip(self.condensed.layers, low.split(counts, dim=1), high.split(counts, dim=1), strict=True)
-        return [dataclasses.replace(layer, low=least, high=most) for layer, least, most in ranges]
+        return self.condensed.with_ranges(low, high)
 
     def bounds(self, layers: list[Layer], nodes: _Nodes, alpha: Tensor, beta: Tensor) -> Tensor:
         """At least the largest negative of the row in each node, for any slopes between 0 and 1 and any beta that are not negative.
@@ -196,7 +167,7 @@ class _Search:
         best = torch.full((len(nodes),), math.inf, dtype=torch.float64)
         values, kept = torch.where(decided, nodes.beta, nodes.alpha), torch.where(decided, nodes.beta, nodes.alpha)
         most = torch.where(decided, math.inf, 1.0)
-        mean, square = torch.zeros_like(values), torch.zeros_like(values)
+        adam = Adam(_RATE, steps)
         for step in range(steps + 1):
             with torch.enable_grad():
                 tried = values.requires_grad_(step < steps)
@@ -207,9 +178,7 @@ class _Search:
             best, kept = torch.where(better, bounds, best), torch.where(better[:, None], values, kept)
             if bool((best < 0).all()):
                 break
-            mean, square = _MEAN * mean + (1 - _MEAN) * gradient, _SQUARE * square + (1 - _SQUARE) * gradient**2
-            pace = _RATE * 0.1 ** (step / max(1, steps)) / (1 - _MEAN ** (step + 1)) * (1 - _SQUARE ** (step + 1)) ** 0.5
-            values = torch.minimum((values - pace * mean / (square.sqrt() + 1e-300)).clamp(min=0), most)
+            values = torch.minimum((values - adam.step(gradient)).clamp(min=0), most)
         return best, _Nodes(nodes.decided, torch.where(decided, nodes.alpha, kept), torch.where(decided, kept, 0.0))
 
     def coefficients(self, nodes: _Nodes, beta: Tensor) -> tuple[Tensor, Tensor]:

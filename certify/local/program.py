@@ -12,7 +12,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class Gate:
 
 
 Step = Affine | Gate
-Bend = Callable[[int, Gate, Tensor], Tensor]  # of the step's number, the step, and its input
+Bend = Callable[[Gate, Tensor], Tensor]
+_V = TypeVar("_V")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,7 +101,7 @@ class Program:
         """At least what a change of any number is multiplied by on its way to another one, forward or in a gradient, whatever the gates do."""
         values = [torch.ones(math.prod(self.input_shape), dtype=torch.float64, requires_grad=True)]
 
-        def steep(number: int, gate: Gate, z: Tensor) -> Tensor:
+        def steep(gate: Gate, z: Tensor) -> Tensor:
             values.append(max(map(abs, gate.activation.range)) * z + 1)
             return values[-1]
 
@@ -131,17 +132,24 @@ class Program:
 
     def run(self, x: Tensor, gate: Bend | None = None, affine: Callable[[Affine], Callable[..., Tensor]] | None = None) -> Tensor:
         """The output, with something else in place of the gates, or of the affine steps, where it is given."""
-        values: dict[int, Tensor] = {0: x.reshape(1, *self.input_shape)}
+
+        def applied(step: Affine, inputs: Sequence[Tensor]) -> Tensor:
+            return (step.apply if affine is None else affine(step))(*inputs)
+
+        def bent(step: Gate, z: Tensor) -> Tensor:
+            return evaluate(step.activation, z) if gate is None else gate(step, z)
+
+        return self.follow(x.reshape(1, *self.input_shape), applied, bent).flatten()
+
+    def follow(self, start: _V, affine: Callable[[Affine, Sequence[_V]], _V], gate: Callable[[Gate, _V], _V]) -> _V:
+        """The output, for values of any kind; each is forgotten after its last use."""
+        values = {0: start}
         for k, step in enumerate(self.steps):
-            if isinstance(step, Affine):
-                made = (step.apply if affine is None else affine(step))(*(values[i] for i in step.inputs))
-            else:
-                made = gate(k, step, values[step.input]) if gate is not None else evaluate(step.activation, values[step.input])
-            values[k + 1] = made
+            values[k + 1] = affine(step, [values[i] for i in step.inputs]) if isinstance(step, Affine) else gate(step, values[step.input])
             for i in step.inputs:
                 if self.last_use.get(i) == k:
                     values.pop(i, None)
-        return values[self.output].flatten()
+        return values[self.output]
 
 
 def evaluate(activation: Activation, z: Tensor) -> Tensor:

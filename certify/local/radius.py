@@ -190,7 +190,7 @@ class _Walk:
         margins = downward(above @ low + below @ high - room)
         nearest = margins.argsort()[:_LOOKED_AT]
         with torch.enable_grad():
-            y = self.program.run(leaf, lambda _, gate, z: torch.relu(z) if gate.activation == RELU else _leaning(gate, z))
+            y = self.program.run(leaf, lambda gate, z: torch.relu(z) if gate.activation == RELU else _leaning(gate, z))
             gradients = torch.autograd.grad(y, leaf, self.rows[nearest], is_grads_batched=True)[0]
         slopes = torch.zeros_like(margins)
         slopes[nearest] = torch.linalg.vector_norm(gradients, ord=DUAL[self.method.norm], dim=1)
