@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,12 @@ class Assumption(enum.Enum):
     PUBLISHED_LOG = "The log states what its code computed, with the setting that is given here; it has no counts, so nothing was computed again."
     INPUT_RANGE = "Only inputs whose entries all lie in the stated range are considered; others may be nearer and are not."
     EVAL_MODE = "The network runs in eval mode, as it did when it was certified."
+
+
+def assumed(assumptions: Collection[Assumption]) -> dict[str, Any]:
+    """What a manifest says of them: their names, and the sentence of each."""
+    ordered = sorted(assumptions, key=lambda assumption: assumption.name)
+    return {"assumptions": [each.name for each in ordered], "assumption_sentences": {each.name: each.value for each in ordered}}
 
 
 class Domain(abc.ABC):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
-import time
 from typing import TYPE_CHECKING
 
-from certify.cli.arguments import add_eps, add_json, add_model, add_selection, load_model, shard_here
+from certify.cli.arguments import add_eps, add_json, add_model, add_selection, load_model
 from certify.cli.report import show
-from certify.cli.run import manifest_of, selection_of
+from certify.cli.run import fill_folder, manifest_of, selection_of
 
 if TYPE_CHECKING:
     from certify.attack import Attack
@@ -62,10 +61,9 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     """Attack what is not yet in the folder, until a time of time.monotonic at the latest (what is begun is ended); says whether all is done."""
     from certify import data
     from certify.attack import row
-    from certify.cli.console import progress
+    from certify.bound import assumed
     from certify.errors import CertifyError
     from certify.graph import Graph
-    from certify.results import Folder
 
     attacks = [_made(name, args) for name in args.attack]
     model = load_model(args)
@@ -80,20 +78,11 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
         "guarantee": "attack",
         "failure": None,
         "attack": {"clip": args.clip},
-        "assumptions": [],
-        "assumption_sentences": {},
+        **assumed(()),
         "seed": args.seed,
         "dtype": "weights as stored, evaluated in float64",
     }
-    with Folder(args.output, manifest, args.shard or shard_here()) as folder:
-        pending = folder.pending()
-        with progress(f"attack {args.model}", len(pending)) as advance:
-            for index in pending:
-                folder.add([row(graph, dataset, attacks, index)])
-                advance(1)
-                if time.monotonic() > until:
-                    break
-        return folder.finish()
+    return fill_folder(args, manifest, lambda pending: ([row(graph, dataset, attacks, index)] for index in pending), until)
 
 
 def _made(name: str, args: argparse.Namespace) -> Attack:

@@ -112,8 +112,6 @@ def run(args: argparse.Namespace) -> int:
 def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     """Certify what is not yet in the folder, until a time of time.monotonic at the latest (what is begun is ended); says whether all is done."""
     from certify import data
-    from certify.cli.console import progress
-    from certify.results import Folder
     from certify.smoothing.noise.other import given
 
     _refuse_options_of_others(args)
@@ -123,10 +121,18 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     prepare = {"margin": _margin, "local": _local, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
     manifest = {**manifest_of(model, dataset, selection_of(args, len(dataset))), **facts}
+    return fill_folder(args, manifest, certify, until)
+
+
+def fill_folder(args: argparse.Namespace, manifest: Mapping[str, Any], rows_of: Certify, until: float) -> bool:
+    """Make the rows that the folder does not have yet; says whether all are done."""
+    from certify.cli.console import progress
+    from certify.results import Folder
+
     with Folder(args.output, manifest, args.shard or shard_here()) as folder:
         pending = folder.pending()
-        with progress(f"certify {args.model}", len(pending)) as advance:
-            for rows in certify(pending):
+        with progress(f"{'attack' if manifest['guarantee'] == 'attack' else 'certify'} {args.model}", len(pending)) as advance:
+            for rows in rows_of(pending):
                 folder.add(rows)
                 advance(len(rows))
                 if time.monotonic() > until:
@@ -150,6 +156,7 @@ def _refuse_options_of_others(args: argparse.Namespace) -> None:
 
 def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The proved bound, for the manifest, and what makes rows with it."""
+    from certify.bound import assumed
     from certify.cli.console import live
     from certify.cli.lipschitz import bound_json, progress_text
     from certify.errors import CertifyError
@@ -166,15 +173,13 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
         methods: dict[str, LipschitzMethod] = {"layerwise": Layerwise(), "lipsdp": by_lipsdp, "frequency": LipSDPFrequency()}
         bound = lipschitz(model.net, methods[args.bound], input_shape=model.shape)
     method, graph = Margin(bound), Graph.of(model.net, model.shape)
-    about = bound_json(bound)
     facts = {
         "method": repr(method),
         "norm": f"{bound.norm[0]:g}",
         "guarantee": "proof",
         "failure": 0.0,
-        "bound": about,
-        "assumptions": about["assumptions"],
-        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(bound.assumptions, key=lambda a: a.name)},
+        "bound": bound_json(bound),
+        **assumed(bound.assumptions),
         "dtype": "weights as stored, evaluated in float64",
     }
     return facts, lambda pending: (margin_rows(graph, dataset, method, group) for group in _groups(pending))
@@ -249,6 +254,7 @@ def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[di
 
 def _one_by_one(method: OneByOne[Any], model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The method, for the manifest, and what makes rows with it."""
+    from certify.bound import assumed
     from certify.graph import Graph
     from certify.singly import row
 
@@ -259,8 +265,7 @@ def _one_by_one(method: OneByOne[Any], model: Model, dataset: Dataset) -> tuple[
         "norm": f"{method.norm:g}",
         "guarantee": "proof",
         "failure": 0.0,
-        "assumptions": sorted(assumption.name for assumption in method.assumptions),
-        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
+        **assumed(method.assumptions),
         "dtype": "weights as stored, bounded in float64",
     }
     return facts, lambda pending: ([row(method, graph, seen, dataset, index)] for index in pending)

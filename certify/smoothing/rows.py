@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from certify.bound import Array
+from certify.bound import Array, assumed
 from certify.data import Dataset
 from certify.errors import CertifyError
 from certify.smoothing.engine import Forward
@@ -100,8 +100,7 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
         },
         "prepared": list(prepared),
         "dtype": _NUMBERS["float64" if method.lipschitz is not None else method.dtype],
-        "assumptions": [assumption.name for assumption in sorted(method.assumptions, key=lambda a: a.name)],
-        "assumption_sentences": {assumption.name: assumption.value for assumption in sorted(method.assumptions, key=lambda a: a.name)},
+        **assumed(method.assumptions),
     }
 
 
