@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _left_out(name: str, args: argparse.Namespace, seen: Mapping[str, Mapping[str, Any]]) -> str:
     """Why a method is not run; nothing where it is."""
-    verdict = seen["margin" if name == "attack" else name]
+    verdict = seen[name] if name != "attack" else seen["margin"] if seen["margin"]["applies"] else seen["smoothing"]  # whatever can be run can be attacked
     if name in args.skip:
         return "as --skip asks"
     if name == "smoothing" and args.sigma is None:
