@@ -120,6 +120,10 @@ class Condensed:
         return to_inputs
 
 
+class TooManyGates(CertifyError):
+    """A region leaves more gates undecided than can be kept, or than were allowed."""
+
+
 def condense(
     program: Program,
     region: Region,
@@ -128,16 +132,18 @@ def condense(
     limit: int = 2**31,
     until: float = math.inf,
     steps: int = 0,
+    most: float = math.inf,
 ) -> Condensed:
     """The program on a region, seen from some rows of its output; with `steps` of `certify.local.alpha`, ranges of gates are smaller.
 
-    Raises CertifyError where more numbers than `limit` would be needed, or float64 has no room, and TimeoutError at a time of time.monotonic.
+    Raises TooManyGates where more numbers than `limit` would be needed or more gates than `most` are undecided, CertifyError where float64 has no room, and
+    TimeoutError at a time of time.monotonic.
     """
     _check_scale(program, region, rows)
     if len(rows) * len(region.center) > limit:
         raise CertifyError(f"{len(rows):,} rows of {len(region.center):,} inputs need more memory than allowed; ask for fewer rows, such as with pairs=False")
     with torch.enable_grad():
-        return _Sweep(program, region, limit, until, steps).run(rows)
+        return _Sweep(program, region, limit, until, steps, most).run(rows)
 
 
 def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
@@ -159,6 +165,20 @@ def output_range(program: Program, region: Region) -> tuple[Tensor, Tensor]:  # 
     return output.low.flatten(), output.high.flatten()
 
 
+@torch.no_grad()
+def gate_ranges(program: Program, region: Region, rows: Tensor) -> list[tuple[Gate, Tensor, Tensor]]:
+    """Each gate and bounds of its inputs on a region, by intervals."""
+    _check_scale(program, region, rows)
+    sweep, found = _Sweep(program, region), []
+
+    def bent(gate: Gate, signal: _Signal) -> _Signal:
+        found.append((gate, signal.low.flatten(), signal.high.flatten()))
+        return _bent(gate, signal)
+
+    program.follow(sweep.start(), sweep.affine, bent)
+    return found
+
+
 def _bent(gate: Gate, signal: _Signal) -> _Signal:
     """A gate by the range of its values alone."""
     low, high = (end.reshape(signal.low.shape) for end in image(gate, signal.low.flatten(), signal.high.flatten()))
@@ -178,8 +198,8 @@ class _Signal:
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
-    def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0) -> None:
-        self.program, self.region, self.limit, self.until, self.steps = program, region, limit, until, steps
+    def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0, most: float = math.inf) -> None:
+        self.program, self.region, self.limit, self.until, self.steps, self.most = program, region, limit, until, steps, most
         self.input = region.center.clone().requires_grad_(True)
         self.cuts: list[Tensor] = []
         self.layers: list[Layer] = []
@@ -243,8 +263,11 @@ class _Sweep:
             self.cuts.append(p)
             flat = flat.index_put((cut,), p)
             size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
+            gates = sum(map(len, self.cuts))
             if self.used() > self.limit:
-                raise CertifyError(f"{sum(map(len, self.cuts)):,} undecided gates on this region need more memory than allowed; take a smaller region")
+                raise TooManyGates(f"{gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
+            if gates > self.most:
+                raise TooManyGates(f"{gates:,} gates are undecided on this region, and {self.most:,} at most were asked for; take a smaller region")
         self.slopes.append((torch.maximum(least.abs(), most.abs()), cut))
         shape = signal.value.shape
         return _Signal(flat.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
