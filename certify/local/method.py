@@ -18,9 +18,10 @@ from certify.graph import Graph
 from certify.local import _lirpa
 from certify.local._lirpa import Propagated
 from certify.local.bab import search
-from certify.local.clarke import Jacobian, bound_jacobian
 from certify.local.condense import Condensed, condense
+from certify.local.coupled import bound_jacobian
 from certify.local.lipsdp import refined
+from certify.local.norms import Bounded
 from certify.local.program import Program
 from certify.local.region import Region
 from certify.methods import Layerwise, LipschitzMethod
@@ -147,7 +148,7 @@ def spectral_norm(low: Tensor, high: Tensor) -> float:
     return up(largest_singular_value(middle) + largest_singular_value(reach))
 
 
-def _of_network(jacobian: Jacobian | Propagated, of_rows: Tensor, outputs: int, norm: float) -> float:
+def _of_network(jacobian: Bounded | Propagated, of_rows: Tensor, outputs: int, norm: float) -> float:
     """The constant of all outputs together."""
     of_rows = of_rows[:outputs]
     if norm == math.inf:
