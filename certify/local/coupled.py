@@ -24,8 +24,8 @@ from sdp.activation import Smooth
 from sdp.proof import gamma
 
 _CHUNK = 2**18  # numbers in one batch of forms
-_SHARES = (0.0, 1.0, 0.5)  # of the two planes of McCormick
-_FEW = 3  # of the choices: without a coupling, and the first two shares; for all forms but the last of each row
+_SHARES = ((0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0))  # of the planes of McCormick above and below, by choice
+_EFFORT = 4e9  # products, about a second: all choices where they take no more, but at least one of them
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,13 +47,14 @@ class Coupled(Bounded):
 
     plain: Jacobian
     gates: tuple[_Gates, ...]  # from the first layer to the last
+    choices: int  # of planes, for the bounds of entries
 
     @functools.cached_property
     def range(self) -> tuple[Tensor, Tensor]:  # (rows, inputs) each
         """The smallest and the largest entries."""
         start = [layer.values.inputs.T for layer in self.gates]
-        high = upper_bounds(self.condensed, self.gates, start, self.condensed.inputs) + self.condensed.slack_inputs
-        low = -upper_bounds(self.condensed, self.gates, [-part for part in start], -self.condensed.inputs) - self.condensed.slack_inputs
+        high = upper_bounds(self.condensed, self.gates, start, self.condensed.inputs, self.choices) + self.condensed.slack_inputs
+        low = -upper_bounds(self.condensed, self.gates, [-part for part in start], -self.condensed.inputs, self.choices) - self.condensed.slack_inputs
         least, most = self.plain.range
         low, high = torch.fmax(low, least), torch.fmin(high, most)
         return low, torch.maximum(low, high)
@@ -67,7 +68,7 @@ class Coupled(Bounded):
         condensed = self.condensed
         start = [(weights @ layer.values.inputs.T)[:, None] for layer in self.gates]
         constant = (weights * condensed.inputs).sum(1)[:, None]
-        total = upper_bounds(condensed, self.gates, start, constant, len(_SHARES) + 1)[:, 0]
+        total = upper_bounds(condensed, self.gates, start, constant, len(_SHARES))[:, 0]
         return total + self.plain.rounding(weights)
 
 
@@ -77,21 +78,27 @@ def bound_jacobian(condensed: Condensed) -> Bounded:
     if not _is_smooth(condensed):
         return plain
     condensed = plain.condensed
+    choices = max(1, min(len(_SHARES), int(_EFFORT / _products(condensed))))
     done: list[_Gates] = []
     for of, values in zip(reversed(plain.gates), reversed(condensed.layers), strict=True):
         forms = list(of.later.split([part.peak.shape[1] for part in done], dim=1)) if done else []
-        high = upper_bounds(condensed, done, forms, of.center) + of.slack
-        low = torch.minimum(-upper_bounds(condensed, done, [-form for form in forms], -of.center) - of.slack, high)
+        high = upper_bounds(condensed, done, forms, of.center, choices) + of.slack
+        low = torch.minimum(-upper_bounds(condensed, done, [-form for form in forms], -of.center, choices) - of.slack, high)
         done.insert(0, _Gates(values, of.center, of.slack, of.later, of.size, of.peak, _planes(values, low, high)))
-    return Coupled(condensed, plain, tuple(done))
+    return Coupled(condensed, plain, tuple(done), choices)
 
 
 def products(condensed: Condensed) -> tuple[float, float]:
-    """About how many products the bounds of all Jacobians take here, and those of `certify.local.clarke`."""
+    """About how many products the bounds of all Jacobians take here at least, and those of `certify.local.clarke`."""
     (rows, inputs), gates = condensed.inputs.shape, condensed.undecided
     plain = rows * gates**2 * (gates / 3 + 2 * inputs)
-    coupled = rows * (gates + 2 * inputs) * (_FEW - 1) * gates * 1.5 * (gates + inputs)
-    return plain + coupled * _is_smooth(condensed), plain
+    return plain + _products(condensed) * _is_smooth(condensed), plain
+
+
+def _products(condensed: Condensed) -> float:
+    """For one choice of planes."""
+    (rows, inputs), gates = condensed.inputs.shape, condensed.undecided
+    return rows * (gates + 2 * inputs) * gates * 1.5 * (gates + inputs)
 
 
 def _is_smooth(condensed: Condensed) -> bool:
@@ -113,9 +120,9 @@ def upper_bounds(
     layers: Sequence[_Gates],
     start: Sequence[Tensor],  # by layer: (forms, n), the same for all rows, or (rows, forms, n)
     constant: Tensor,  # (rows, forms)
-    choices: int = _FEW,
+    choices: int,
 ) -> Tensor:  # (rows, forms)
-    """At least `constant + sum start p` for each row of the output, the least of some choices of planes, in batches of forms."""
+    """At least `constant + sum start p` for each row of the output, the least without a coupling and of some choices of planes, in batches of forms."""
     rows, forms = constant.shape
     if not layers:
         return constant
@@ -124,7 +131,7 @@ def upper_bounds(
     for first in range(0, forms, chunk):
         part = slice(first, first + chunk)
         of_part = [form[..., part, :].expand(rows, -1, -1) for form in start]
-        found = [_upper_bounds(condensed, layers, of_part, constant[:, part], choice) for choice in range(choices)]
+        found = [_upper_bounds(condensed, layers, of_part, constant[:, part], choice) for choice in range(choices + 1)]
         pieces.append(functools.reduce(torch.fmin, found))
     return torch.cat(pieces, dim=1)
 

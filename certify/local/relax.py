@@ -148,11 +148,11 @@ def of_coupled_product(
     most: Tensor,  # s is in [least, most]
     low: Tensor,
     high: Tensor,  # the gradient e is in [low, high]
-    share: float,
+    shares: tuple[float, float],  # above and below
 ) -> Planes:
-    """Around `s e`, with s between its lines (McCormick 1976): `share` of the plane that meets `s e` where s is most and e least, the rest of its opposite."""
-    above = _above(slope, reach, least, most, low, high, share)
-    below = _above(slope, reach, least, most, -high, -low, share)  # - s e = s (-e)
+    """Around `s e`, with s between its lines (McCormick 1976): a share of the plane that meets it on two edges of the rectangle, the rest of its opposite."""
+    above = _above(slope, reach, least, most, low, high, shares[0])
+    below = _above(slope, reach, least, most, -high, -low, shares[1])  # - s e = s (-e)
     return Planes(below[0], -below[1], -below[2], *above)
 
 
