@@ -17,10 +17,11 @@ from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
 from certify.local import _lirpa
 from certify.local.bab import search
-from certify.local.clarke import Jacobian, bound_jacobian
 from certify.local.condense import Condensed, TooManyGates, condense
+from certify.local.coupled import bound_jacobian
 from certify.local.entries import Entries, by_intervals
 from certify.local.lipsdp import refined, spectral_bound
+from certify.local.norms import Bounded
 from certify.local.program import Program
 from certify.local.region import Region
 from certify.methods import Layerwise, LipschitzMethod
@@ -169,7 +170,7 @@ def spectral_norm(low: Tensor, high: Tensor) -> float:
     return up(largest_singular_value(middle) + largest_singular_value(reach))
 
 
-def _of_network(jacobian: Jacobian | Entries, of_rows: Tensor, outputs: int, norm: float) -> float:
+def _of_network(jacobian: Bounded | Entries, of_rows: Tensor, outputs: int, norm: float) -> float:
     """The constant of all outputs together."""
     of_rows = of_rows[:outputs]
     if norm == math.inf:
