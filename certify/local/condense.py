@@ -24,6 +24,7 @@ from certify.local.directed import downward, upward
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
 from certify.local.relax import Lines, of_gate
+from certify.local.sdpcrown import Ellipsoid
 from sdp.activation import RELU
 from sdp.proof import gamma
 
@@ -46,6 +47,7 @@ class Layer:
     size: Tensor  # (n,) at least |center| + |G| |d| + |M| |p|
     low: Tensor  # (n,) bounds of z on the region
     high: Tensor
+    ellipsoid: Ellipsoid | None = None  # where all z are together on the region
 
     @property
     def count(self) -> int:
@@ -257,7 +259,7 @@ class _Sweep:
         flat = signal.value.flatten() * slope + intercept
         cut = torch.zeros(0, dtype=torch.long)
         if layer is not None and layer.count:
-            self.layers.append(layer)
+            self.layers.append(dataclasses.replace(layer, ellipsoid=Ellipsoid.of(self.layers, layer, self.region)))
             cut = layer.index
             p = torch.zeros(layer.count, dtype=torch.float64, requires_grad=True)
             self.cuts.append(p)
@@ -286,9 +288,10 @@ class _Sweep:
             slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
             center = chosen.detach()
             centers, to_inputs, to_gates = (torch.cat([part, -part]) for part in (center, inputs, earlier))
-            top = upper_bounds(self.layers, self.region, centers, to_inputs, to_gates)
+            apart = [dataclasses.replace(layer, ellipsoid=None) for layer in self.layers]  # what gates one by one decide needs no more
+            top = upper_bounds(apart, self.region, centers, to_inputs, to_gates)
             n = len(index)
-            if self.steps and self.layers:
+            if self.layers and (self.steps or self.layers[-1].ellipsoid is not None):
                 left = _undecided(gate, torch.maximum(low[index], -top[n:] - slack), torch.minimum(high[index], top[:n] + slack))
                 again = torch.nonzero(left.repeat(2)).flatten()
                 tighter = tightened(self.layers, self.region, centers[again], to_inputs[again], to_gates[again], self.steps)
