@@ -185,7 +185,7 @@ def _local_text(bound: Bound) -> str:
 
     about = bound.evidence
     ways = {"crown": "row by row", "sdp": "by LipSDP among the undecided gates", "interval": "by intervals"}
-    ways["complete"] = f"by branch and bound, {about.get('nodes')} nodes"
+    ways["complete"] = f"by branch and bound{', and all outputs together by LipSDP' * (bound.norm[0] == 2)}, {about.get('nodes')} nodes"
     parts = [f"all Jacobians there, {ways[about['how']]}", f"{about['undecided']} of {about['gates']} gates undecided"]
     if "lower" in about:
         parts.append(f"one output reaches {down_text(about['lower'])}{'' if about['done'] else ', the search is not done'}")
