@@ -140,14 +140,14 @@ class Local(LipschitzMethod):
             how = "complete" if bent_once and condensed.undecided <= _VERY_FEW else "sdp" if few else "crown"
         evidence: dict[str, Any] = {"gates": condensed.total, "undecided": condensed.undecided, "how": how}
         if how == "complete":
-            found = search(condensed, DUAL[norm], seconds=self.seconds)
+            found = search(jacobian.condensed, DUAL[norm], seconds=self.seconds)
             of_rows = torch.minimum(of_rows, found.upper)
             evidence |= {"nodes": found.nodes, "lower": float(found.lower[:outputs].max()), "done": found.done}
         value = _of_network(jacobian, of_rows, outputs, norm)
         if how == "sdp":
-            value, of_rows = refined(condensed, value, of_rows, outputs)
+            value, of_rows = refined(jacobian.condensed, value, of_rows, outputs)
         elif how == "complete" and few:
-            value = min(value, spectral_bound(condensed, slice(outputs)).bound)
+            value = min(value, spectral_bound(jacobian.condensed, slice(outputs)).bound)
         return value, of_rows, evidence
 
 
