@@ -144,8 +144,9 @@ def test_a_folder_of_local_radii_is_proved_again(tmp_path: pathlib.Path, capsys:
     capsys.readouterr()
     assert main(["check", str(folder)]) == Exit.CONTRADICTION
     assert "the proof does not reach it" in capsys.readouterr().out
-    assert main(["run", str(tmp_path / "net.safetensors"), "digits", "-o", str(tmp_path / "x"), "--steps", "3"]) == Exit.ERROR
-    assert "--steps is for --method local" in capsys.readouterr().err
+    for option in ("--steps", "--nodes"):
+        assert main(["run", str(tmp_path / "net.safetensors"), "digits", "-o", str(tmp_path / "x"), option, "3"]) == Exit.ERROR
+        assert f"{option} is for --method local" in capsys.readouterr().err
 
 
 def test_the_command_line_bounds_a_ball(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --method local or lowrank (and --norm, as above)")
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
+    group.add_argument("--nodes", type=int, metavar="N", help="local: with --radius, the most that branch and bound looks at for each margin (default 2000)")
     group.add_argument("--seconds", type=float, default=60.0, metavar="S", help="local: for each input (default 60); what is proved by then is its radius")
     group.add_argument("--within", type=span, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
@@ -149,7 +150,7 @@ def _refuse_options_of_others(args: argparse.Namespace) -> None:
         raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
     if args.method not in ("lowrank", "local") and args.radius is not None:
         raise CertifyError(f"--radius is for --method local or lowrank, and the method is {args.method}; --eps chooses the radii of the table")
-    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("within", "local")):
+    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("nodes", "local"), ("within", "local")):
         if args.method != method and getattr(args, option) is not None:
             raise CertifyError(f"--{option} is for --method {method}, and the method is {args.method}; say which of the two is meant")
 
@@ -247,7 +248,8 @@ def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[di
     from certify.local.radius import LocalMargin
 
     steps = LocalMargin.steps if args.steps is None else args.steps
-    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, seconds=args.seconds)
+    nodes = LocalMargin.nodes if args.nodes is None else args.nodes
+    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, nodes=nodes, seconds=args.seconds)
     facts, certify = _one_by_one(method, model, dataset)
     return {**facts, "within": args.within}, certify
 
