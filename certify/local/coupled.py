@@ -25,7 +25,7 @@ from sdp.proof import gamma
 
 _CHUNK = 2**18  # numbers in one batch of forms
 _SHARES = ((0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0))  # of the planes of McCormick above and below, by choice
-_EFFORT = 4e9  # products, about a second: all choices where they take no more, but at least one of them
+_EFFORT = 2e9  # products, about half a second
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,13 +72,16 @@ class Coupled(Bounded):
         return total + self.plain.rounding(weights)
 
 
-def bound_jacobian(condensed: Condensed) -> Bounded:
-    """The sharpest bounds of all Jacobians: those of `certify.local.clarke`, and where there are smooth gates, those of both."""
+def bound_jacobian(condensed: Condensed, effort: float = _EFFORT) -> Bounded:
+    """The sharpest bounds of all Jacobians: those of `certify.local.clarke`, and where there are smooth gates, those of both.
+
+    With one choice of planes at least, and with more of them as long as they take no more than `effort` products.
+    """
     plain = clarke.bound_jacobian(condensed)
     if not _is_smooth(condensed):
         return plain
     condensed = plain.condensed
-    choices = max(1, min(len(_SHARES), int(_EFFORT / _products(condensed))))
+    choices = max(1, min(len(_SHARES), int(effort / max(1.0, _products(condensed)))))
     done: list[_Gates] = []
     for of, values in zip(reversed(plain.gates), reversed(condensed.layers), strict=True):
         forms = list(of.later.split([part.peak.shape[1] for part in done], dim=1)) if done else []

@@ -211,10 +211,12 @@ class _Walk:
         seconds = (self.end - time.monotonic()) / 3
         condensed = self.condensed(radius)
         below = -upper_bounds(condensed.layers, condensed.region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
-        for products, bound in zip(coupled.products(condensed), (coupled.bound_jacobian, clarke.bound_jacobian), strict=True):
-            if products < min(_WORK, _RATE * seconds):
-                return downward(below), bound(condensed).row_norms(DUAL[self.method.norm])
-        return downward(below), torch.full_like(below, math.inf)
+        slopes, allowed = torch.full_like(below, math.inf), min(_WORK, _RATE * seconds)
+        more, less = coupled.products(condensed)
+        if less < allowed:
+            jacobian = coupled.bound_jacobian(condensed, effort=0.0) if more < allowed else clarke.bound_jacobian(condensed)
+            slopes = jacobian.row_norms(DUAL[self.method.norm])
+        return downward(below), slopes
 
 
 def _numbers(within: Sequence[object]) -> bool:
