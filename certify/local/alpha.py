@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from certify.local.crown import Relaxed, upper_bounds
+from certify.local.crown import Relaxed, first_slopes, upper_bounds
 from certify.local.region import Region
 
 _CHUNK = 2**22  # numbers in the slopes and coefficients of one batch of rows
 _RATE = 0.3  # of the first step; the last is a tenth of it
+_RATE_TOGETHER = 0.02
 _MEAN, _SQUARE = 0.8, 0.95  # how much of the past Adam keeps
 
 
@@ -37,9 +38,9 @@ def tightened(
 
 def _descent(layers: Sequence[Relaxed], region: Region, center: Tensor, inputs: Tensor, gates: Tensor, steps: int) -> Tensor:
     """Adam on the slopes of all rows at once: they do not depend on each other, and its steps do not depend on their scales."""
-    first = torch.cat([layer.lines.low_slope for layer in layers]).expand(gates.shape)
+    first = first_slopes(layers, gates)
     free = torch.cat([torch.full_like(layer.center, float(layer.through_zero)) for layer in layers])
-    slopes, adam = first.clone(), Adam(_RATE, steps)
+    slopes, adam = first.clone(), Adam(rate_of(layers, _RATE), steps)
     best = torch.full_like(center, torch.inf)
     for _ in range(steps + 1):
         with torch.enable_grad():
@@ -50,6 +51,11 @@ def _descent(layers: Sequence[Relaxed], region: Region, center: Tensor, inputs: 
         slopes = (tried.detach() - free * adam.step(gradient)).clamp(0.0, 1.0)
         slopes = torch.where(free > 0, slopes, first)
     return best
+
+
+def rate_of(layers: Sequence[Relaxed], rate: float) -> float:
+    """Of the first step for slopes: small where gates share an ellipsoid, as the best slopes are then inside of [0, 1] rather than at its ends."""
+    return min(rate, _RATE_TOGETHER) if any(layer.ellipsoid is not None for layer in layers) else rate
 
 
 class Adam:

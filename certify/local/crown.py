@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from certify.local.region import Region
-from certify.local.relax import Lines
+from certify.local.relax import Lines, above_relu
 from certify.local.sdpcrown import Ellipsoid
 from sdp.proof import gamma
 
@@ -61,7 +62,7 @@ def linear_upper_bounds(
     center: Tensor,  # (rows,)
     inputs: Tensor,  # (rows, inputs)
     gates: Tensor,  # (rows, gates of the layers)
-    slopes: Tensor | None = None,  # (rows, gates of the layers): of the lines below those gates that have them through zero
+    slopes: Tensor | None = None,  # (rows, gates of the layers): of the lines below those gates that have them through zero, and above them in an ellipsoid
 ) -> tuple[Tensor, Tensor]:
     """`total` and `g` with `center + inputs d + gates p <= total + g d` on the region, the rounding of all that is computed here in `total`."""
     constant, g, c = center, inputs, gates
@@ -71,8 +72,12 @@ def linear_upper_bounds(
         start = stop - len(layer.center)
         above, below = c[..., start:stop].clamp(min=0), c[..., start:stop].clamp(max=0)
         lines = layer.lines
-        low_slope = slopes[..., start:stop].clamp(0.0, 1.0) if slopes is not None and layer.through_zero else lines.low_slope
-        weight = above * lines.high_slope + below * low_slope
+        if slopes is not None and layer.through_zero:
+            slope = slopes[..., start:stop].clamp(0.0, 1.0)
+            lines = dataclasses.replace(lines, low_slope=slope)
+            if layer.ellipsoid is not None:
+                lines = dataclasses.replace(lines, high_slope=slope, high_shift=above_relu(layer.low, layer.high, slope))
+        weight = above * lines.high_slope + below * lines.low_slope
         shift = (above * lines.high_shift).sum(-1) + (below * lines.low_shift).sum(-1)
         if layer.ellipsoid is not None:
             shift = torch.fmin(shift, layer.ellipsoid.intercepts(layer.low, layer.high, c[..., start:stop], weight))
@@ -83,3 +88,15 @@ def linear_upper_bounds(
         g, c = g + weight @ layer.inputs, c[..., :start] + weight @ layer.earlier
         terms, stop = terms + 2 * (stop - start) + 8, start
     return constant + 2 * gamma(terms) * size, g
+
+
+def first_slopes(layers: Sequence[Relaxed], gates: Tensor) -> Tensor:  # (rows, gates of the layers)
+    """The slopes with which `upper_bounds` gives what it gives without any."""
+    c, stop, found = gates, gates.shape[-1], []
+    for layer in reversed(layers):
+        start = stop - len(layer.center)
+        lines, here = layer.lines, c[..., start:stop]
+        over = torch.where(here > 0, lines.high_slope, lines.low_slope)
+        found.append(over if layer.ellipsoid is not None else lines.low_slope.expand(here.shape))
+        c, stop = c[..., :start] + (here * over) @ layer.earlier, start
+    return torch.cat(found[::-1], dim=-1)

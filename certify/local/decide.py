@@ -16,9 +16,9 @@ import time
 import torch
 from torch import Tensor
 
-from certify.local.alpha import Adam, tightened
+from certify.local.alpha import Adam, rate_of, tightened
 from certify.local.condense import Condensed, Layer
-from certify.local.crown import upper_bounds
+from certify.local.crown import first_slopes, upper_bounds
 from certify.local.directed import upward
 from certify.local.halfspaces import into
 from certify.local.nodes import Nodes
@@ -113,7 +113,7 @@ class _Search:
         self.row_size = self.of_row[0].abs() + self.of_row[1].abs() @ condensed.region.reach + self.of_row[2].abs() @ self.peak
         self.batch = max(2, min(_BATCH, _WORK // (gates + self.inputs.shape[1])))
         nothing = torch.zeros(1, gates, dtype=torch.float64)
-        self.root = _Nodes(nothing.to(torch.int8), torch.cat([layer.lines.low_slope for layer in layers])[None], nothing)
+        self.root = _Nodes(nothing.to(torch.int8), first_slopes(layers, self.of_row[2][None]), nothing)
         self.unit = self.units()
 
     def run(self, nodes: int, until: float) -> float:
@@ -167,7 +167,7 @@ class _Search:
         best = torch.full((len(nodes),), math.inf, dtype=torch.float64)
         values, kept = torch.where(decided, nodes.beta, nodes.alpha), torch.where(decided, nodes.beta, nodes.alpha)
         most = torch.where(decided, math.inf, 1.0)
-        adam = Adam(_RATE, steps)
+        adam, pace = Adam(1.0, steps), torch.where(decided, _RATE, rate_of(layers, _RATE))
         for step in range(steps + 1):
             with torch.enable_grad():
                 tried = values.requires_grad_(step < steps)
@@ -178,7 +178,7 @@ class _Search:
             best, kept = torch.where(better, bounds, best), torch.where(better[:, None], values, kept)
             if bool((best < 0).all()):
                 break
-            values = torch.minimum((values - adam.step(gradient)).clamp(min=0), most)
+            values = torch.minimum((values - pace * adam.step(gradient)).clamp(min=0), most)
         return best, _Nodes(nodes.decided, torch.where(decided, nodes.alpha, kept), torch.where(decided, kept, 0.0))
 
     def coefficients(self, nodes: _Nodes, beta: Tensor) -> tuple[Tensor, Tensor]:

@@ -175,7 +175,7 @@ class _Walk:
         """Whether all margins are positive in a closed ball; False where a point of it was seen that has another class, None where neither is known."""
         nodes, now = 0 if self.method.radius is None else self.method.nodes, time.monotonic()
         try:
-            below, refuted = lowest(self.condensed(radius), nodes=nodes, until=now + 0.75 * (self.end - now))
+            below, refuted = lowest(self.condensed(radius, 0.6), nodes=nodes, until=now + 0.75 * (self.end - now))
         except (CertifyError, TimeoutError):
             return None
         self.limit = self.others[int(below.argmin())]
@@ -201,10 +201,10 @@ class _Walk:
         ball = Region.of(Ball(self.x, radius, self.method.norm), self.x.size)
         return ball if self.method.within is None else ball.clipped(*self.method.within)
 
-    def condensed(self, radius: float) -> Condensed:
-        """The margins in the closed ball."""
+    def condensed(self, radius: float, share: float = 1 / 3) -> Condensed:
+        """The margins in the closed ball, within a share of the time that is left."""
         now = time.monotonic()
-        return condense(self.program, self.region(radius), self.rows, limit=limit_of(self.method.memory), until=now + (self.end - now) / 3)
+        return condense(self.program, self.region(radius), self.rows, limit=limit_of(self.method.memory), until=now + share * (self.end - now))
 
     def in_ball(self, radius: float) -> tuple[Tensor, Tensor]:
         """At most the smallest margin to each other class in the closed ball, and at least its Lipschitz constant there."""

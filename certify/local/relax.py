@@ -56,11 +56,16 @@ def _of_relu(low: Tensor, high: Tensor, slope: Tensor | None) -> Lines:
     on, off = low >= 0, high <= 0
     width = (high - low).clamp(min=_TINY)
     chord = torch.where(on, 1.0, torch.where(off, 0.0, high / width)).clamp(0.0, 1.0)
-    ends = torch.maximum(low.clamp(min=0) - chord * low, high.clamp(min=0) - chord * high)
-    shift = torch.where(on | off, 0.0, ends * (1 + _ROOM) + 2.0**-52 * chord * torch.maximum(-low, high) + _TINY)
+    shift = torch.where(on | off, 0.0, above_relu(low, high, chord))
     below = (high > -low).double() if slope is None else slope.clamp(0.0, 1.0)
     below = torch.where(on, 1.0, torch.where(off, 0.0, below))
     return Lines(below, torch.zeros_like(low), chord, shift)
+
+
+def above_relu(low: Tensor, high: Tensor, slope: Tensor) -> Tensor:
+    """`shift` such that `relu(z) <= slope z + shift` for z in `[low, high]`, for any slope that is not negative."""
+    ends = torch.maximum(low.clamp(min=0) - slope * low, high.clamp(min=0) - slope * high)
+    return ends * (1 + _ROOM) + 2.0**-52 * slope * torch.maximum(-low, high) + _TINY
 
 
 def _of_any(image: _Range, slopes_on: _Range, low: Tensor, high: Tensor) -> Lines:
