@@ -62,9 +62,17 @@ class Jacobian:
     @functools.cached_property
     def range(self) -> tuple[Tensor, Tensor]:  # (rows, inputs) each
         """The smallest and the largest entries."""
-        low, high = bounds(self.gates, [layer.inputs.T for layer in self.gates], self.condensed.inputs)
+        low, high = bounds(self.gates, [layer.inputs.T for layer in self.gates], self.condensed.inputs, self.reach)
         low, high = low - self.condensed.slack_inputs, high + self.condensed.slack_inputs
         return low, torch.maximum(low, high)
+
+    @functools.cached_property
+    def reach(self) -> Tensor:  # (rows, inputs)
+        """At least `|J0| + |p| |G|`, but for rounding."""
+        reach = self.condensed.inputs.abs()
+        for layer in self.gates:
+            reach = reach + layer.peak @ layer.inputs.abs()
+        return reach
 
     def row_norms(self, q: float) -> Tensor:  # (rows,)
         """At least the l_q norm of each row: the Lipschitz constant of that output from the l_p norm with 1/p + 1/q = 1."""
@@ -89,11 +97,8 @@ class Jacobian:
         total = (weights * condensed.inputs).sum(1)
         if forms:
             total = _upper_bounds(self.gates, torch.cat(forms, dim=1)[:, None], total[:, None])[:, 0]
-        reach = condensed.inputs.abs()
-        for layer in self.gates:
-            reach = reach + layer.peak @ layer.inputs.abs()
         terms = 2 * gamma(weights.shape[1] + condensed.undecided + 8) + sum(layer.room for layer in self.gates[:1])
-        return total + (weights.abs() * (condensed.slack_inputs + terms * reach)).sum(1) * (1 + terms) + 2.0**-500
+        return total + (weights.abs() * (condensed.slack_inputs + terms * self.reach)).sum(1) * (1 + terms) + 2.0**-500
 
 
 def bound_jacobian(condensed: Condensed) -> Jacobian:
@@ -116,15 +121,15 @@ def with_slack(condensed: Condensed) -> Jacobian:
         to_later = torch.cat([torch.zeros(layer.count, 0, dtype=torch.float64), *(part[:, start:stop].T for part in later[number + 1 :])], dim=1)
         center, slack = condensed.gates[:, start:stop], condensed.slack_gates[:, start:stop]
         forms = list(to_later.split([part.peak.shape[1] for part in done], dim=1)) if done else []
-        low, high = bounds(done, forms, center)
+        size = center.abs()
+        if done:
+            size = size + torch.cat([part.peak for part in done], dim=1) @ to_later.abs().T
+        low, high = bounds(done, forms, center, size)
         low, high = torch.minimum(low - slack, high + slack), high + slack
         least, most = layer.slopes
         peak = torch.maximum(least.abs(), most.abs()) * torch.maximum(low.abs(), high.abs()) * (1 + 2.0**-50)
-        size = center.abs() + slack
-        if done:
-            size = size + torch.cat([part.peak for part in done], dim=1) @ to_later.abs().T
         lines = of_product(least.expand_as(low), most.expand_as(low), low, high)
-        done.insert(0, _Gates(center, slack, to_later, layer.inputs, size, peak, lines, room))
+        done.insert(0, _Gates(center, slack, to_later, layer.inputs, size + slack, peak, lines, room))
         stop = start
     return Jacobian(condensed, tuple(done))
 
@@ -133,6 +138,7 @@ def bounds(
     layers: Sequence[_Gates],
     start: Sequence[Tensor],  # by layer: (forms, n)
     constant: Tensor,  # (rows, forms)
+    size: Tensor,  # (rows, forms), at least `|constant| + |start| |p|`, but for rounding
 ) -> tuple[Tensor, Tensor]:  # (rows, forms) each
     """At most and at least `constant + sum start p` for each row of the output, in batches of forms.
 
@@ -143,20 +149,25 @@ def bounds(
         return constant, constant
     first, *others = layers
     mean, half, a, b = first.bends
+    ends = constant.new_empty(rows, 2, forms)
     chunk = max(1, _CHUNK // max(1, 2 * rows * sum(part.shape[-1] for part in start)))
-    pieces = []
     for number in range(0, forms, chunk):
-        c, *rest = (form[number : number + chunk] for form in start)
-        size_of_c, given = c.abs(), constant[:, number : number + chunk]
-        straight, bent = given + (c @ a)[..., 0], (size_of_c @ b)[..., 0]
-        bent = bent + first.room * (given.abs() + sum(layer.peak @ form.abs().T for layer, form in zip(layers, (c, *rest), strict=True)))
-        total = torch.cat([bent + straight, bent - straight], dim=1)
+        part = slice(number, number + chunk)
+        c, *rest = (form[part] for form in start)
+        size_of_c = c.abs()
+        total = _signs((c @ a)[..., 0] + constant[:, part], (size_of_c @ b)[..., 0] + first.room * size[:, part])
         if others:
-            straight, bent = torch.cat(rest, dim=1) + (c * mean) @ first.later, (size_of_c * half) @ first.later
-            total = _upper_bounds(others, torch.cat([bent + straight, bent - straight], dim=1), total)
-        pieces.append(total.view(rows, 2, -1))
-    high, low = torch.cat(pieces, dim=2).unbind(1)
-    return -low, high
+            total = _upper_bounds(others, _signs(torch.cat(rest, dim=1) + (c * mean) @ first.later, (size_of_c * half) @ first.later), total)
+        ends[..., part] = total.view(rows, 2, -1)
+    return -ends[:, 1], ends[:, 0]
+
+
+def _signs(straight: Tensor, bent: Tensor) -> Tensor:  # (rows or 1, forms, ...), (rows, forms, ...) -> (rows, 2 forms, ...)
+    """`bent + straight`, and then `bent - straight`."""
+    both = bent.new_empty(len(bent), 2, *bent.shape[1:])
+    torch.add(bent, straight, out=both[:, 0])
+    torch.sub(bent, straight, out=both[:, 1])
+    return both.flatten(1, 2)
 
 
 def _upper_bounds(
@@ -164,7 +175,7 @@ def _upper_bounds(
     forms: Tensor,  # (rows, forms, gates)
     total: Tensor,  # (rows, forms)
 ) -> Tensor:  # (rows, forms)
-    """At least `total + forms p`, but for rounding: each p is replaced by its line above or below, by the sign of its coefficient.
+    """At least `total + forms p`, but for rounding: each p is replaced by its line above or below, by the sign of its coefficient. `forms` is used up.
 
     The rounding of all sums is at most `gamma` times their terms. Those with the lines are in `b` of each layer; those at the start are left out.
     """
@@ -174,7 +185,7 @@ def _upper_bounds(
         mean, half, a, b = layer.bends
         total = total + (c @ a)[..., 0] + (size_of_c @ b)[..., 0]
         if forms.shape[-1]:
-            forms = torch.baddbmm(forms, torch.addcmul(c * mean, size_of_c, half), layer.later.expand(len(c), -1, -1))
+            forms.baddbmm_(torch.addcmul(c * mean, size_of_c, half), layer.later.expand(len(c), -1, -1))
     return total
 
 
