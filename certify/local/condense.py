@@ -30,7 +30,8 @@ from sdp.proof import gamma
 _TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, of 2^30, times the square of _GROWTH and _REACH
 _GROWTH = 2.0**200
 _REACH = 2.0**100
-_CHUNK = 2**22  # numbers in the rows of one batch of gradients
+_CHUNK = 2**18  # numbers of a value in one batch of gradients: they stay in the cache of the processor
+_ROWS = 32  # of gradients in the smallest batch, so that weights are not read too often
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,6 +121,7 @@ class Condensed:
         return to_inputs
 
 
+@torch.no_grad()
 def condense(
     program: Program,
     region: Region,
@@ -136,8 +138,7 @@ def condense(
     _check_scale(program, region, rows)
     if len(rows) * len(region.center) > limit:
         raise CertifyError(f"{len(rows):,} rows of {len(region.center):,} inputs need more memory than allowed; ask for fewer rows, such as with pairs=False")
-    with torch.enable_grad():
-        return _Sweep(program, region, limit, until, steps).run(rows)
+    return _Sweep(program, region, limit, until, steps).run(rows)
 
 
 def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
@@ -175,15 +176,24 @@ class _Signal:
     size: Tensor
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bend:
+    """What a gate does to gradients."""
+
+    slope: Tensor  # 0 where it is cut
+    steepest: Tensor  # the largest |slope|, everywhere
+    cut: Tensor  # its entries that are
+    gates: slice  # and their place among all gates that are cut
+
+
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
     def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0) -> None:
         self.program, self.region, self.limit, self.until, self.steps = program, region, limit, until, steps
-        self.input = region.center.clone().requires_grad_(True)
-        self.cuts: list[Tensor] = []
         self.layers: list[Layer] = []
-        self.slopes: list[tuple[Tensor, Tensor]] = []  # by gate: its largest |slope| everywhere, and the entries that are cut
+        self.gates = 0  # that are cut
+        self.bends: dict[Gate, _Bend] = {}
         self.products = 1
         self.total = 0
 
@@ -195,7 +205,7 @@ class _Sweep:
         shape = (1, *self.program.input_shape)
         low, high = (self.region.center + end for end in (self.region.low, self.region.high))
         return _Signal(
-            self.input.reshape(shape),
+            self.region.center.reshape(shape),
             downward(low).reshape(shape),
             upward(high).reshape(shape),
             (self.region.center.abs() + self.region.reach).reshape(shape),
@@ -205,15 +215,14 @@ class _Sweep:
         """The affine step in each of the three: rounding is at most `gamma` times the sum of the absolute values of all terms."""
         self.products += step.terms + len(inputs) + 2
         value = step.apply(*(signal.value for signal in inputs))
-        with torch.no_grad():
-            middle = [(signal.low + signal.high) / 2 for signal in inputs]
-            half = [(signal.high - signal.low) / 2 for signal in inputs]
-            size, reach = (step.size(*parts) for parts in ([s.size for s in inputs], [m.abs() + h for m, h in zip(middle, half, strict=True)]))
-            center, width = step.apply(*middle), step.size(*half)
-            if step.constant is not None:
-                size, reach = size + step.constant, reach + step.constant
-            room = 2 * gamma(step.terms + 12) * reach + _TINY
-            return _Signal(value, center - width - room, center + width + room, size)
+        middle = [(signal.low + signal.high) / 2 for signal in inputs]
+        half = [(signal.high - signal.low) / 2 for signal in inputs]
+        size, reach = (step.size(*parts) for parts in ([s.size for s in inputs], [m.abs() + h for m, h in zip(middle, half, strict=True)]))
+        center, width = step.apply(*middle), step.size(*half)
+        if step.constant is not None:
+            size, reach = size + step.constant, reach + step.constant
+        room = 2 * gamma(step.terms + 12) * reach + _TINY
+        return _Signal(value, center - width - room, center + width + room, size)
 
     def gate(self, gate: Gate, signal: _Signal) -> _Signal:
         """Decide what the range decides, sharpen the range of the rest, and cut what is still undecided."""
@@ -234,114 +243,92 @@ class _Sweep:
         size = slope.abs() * signal.size.flatten() + intercept.abs()
         size[silent] = signal.size.flatten()[silent]  # relu of what is 0 but for rounding: its error is no more than that of its input
         self.products += 4
-        flat = signal.value.flatten() * slope + intercept
-        cut = torch.zeros(0, dtype=torch.long)
+        value = signal.value.flatten() * slope + intercept
+        cut, first = torch.zeros(0, dtype=torch.long), self.gates
         if layer is not None and layer.count:
             self.layers.append(layer)
+            self.gates += layer.count
             cut = layer.index
-            p = torch.zeros(layer.count, dtype=torch.float64, requires_grad=True)
-            self.cuts.append(p)
-            flat = flat.index_put((cut,), p)
+            value[cut] = 0.0
             size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
-            if self.used() > self.limit:
-                raise CertifyError(f"{sum(map(len, self.cuts)):,} undecided gates on this region need more memory than allowed; take a smaller region")
-        self.slopes.append((torch.maximum(least.abs(), most.abs()), cut))
+            if self.gates * (self.program.inputs + self.gates) > self.limit:
+                raise CertifyError(f"{self.gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
+        self.bends[gate] = _Bend(slope.index_fill(0, cut, 0.0), torch.maximum(least.abs(), most.abs()), cut, slice(first, self.gates))
         shape = signal.value.shape
-        return _Signal(flat.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
-
-    def used(self) -> int:
-        """The numbers that are kept."""
-        gates = sum(map(len, self.cuts))
-        return gates * (self.input.numel() + gates)
+        return _Signal(value.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
 
     def sharpened(self, gate: Gate, signal: _Signal, index: Tensor, low: Tensor, high: Tensor) -> Layer:
         """The rows of some entries of a gate's input, and their range by linear relaxations of the gates before them (CROWN)."""
-        chosen = signal.value.flatten()[index]
-        inputs, *cuts = self.gradients(chosen, torch.eye(len(index), dtype=torch.float64))
-        with torch.no_grad():
-            earlier = torch.cat([torch.zeros(len(index), 0, dtype=torch.float64), *cuts], dim=1)
-            slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
-            center = chosen.detach()
-            centers, to_inputs, to_gates = (torch.cat([part, -part]) for part in (center, inputs, earlier))
-            top = upper_bounds(self.layers, self.region, centers, to_inputs, to_gates)
-            n = len(index)
-            if self.steps and self.layers:
-                left = _undecided(gate, torch.maximum(low[index], -top[n:] - slack), torch.minimum(high[index], top[:n] + slack))
-                again = torch.nonzero(left.repeat(2)).flatten()
-                tighter = tightened(self.layers, self.region, centers[again], to_inputs[again], to_gates[again], self.steps)
-                top[again] = torch.fmin(top[again], tighter)
-            sharp_high, sharp_low = upward(top[:n] + slack), downward(-top[n:] - slack)
-            lower, upper = torch.fmax(low[index], sharp_low), torch.fmin(high[index], sharp_high)  # where sums overflow they say nothing
+        center, n = signal.value.flatten()[index], len(index)
+        inputs, earlier = self.gradients(gate.input, torch.zeros(n, len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
+        slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
+        top = torch.zeros(2, n, dtype=torch.float64)  # of the inputs of the gates, and of their negatives
+        for part in self.batches(n):
+            both = [torch.cat([rows[part], -rows[part]]) for rows in (center, inputs, earlier)]
+            top[:, part] = upper_bounds(self.layers, self.region, *both).view(2, -1)
+        if self.steps and self.layers:
+            left = _undecided(gate, torch.maximum(low[index], -top[1] - slack), torch.minimum(high[index], top[0] + slack))
+            both = [torch.cat([rows[left], -rows[left]]) for rows in (center, inputs, earlier)]
+            top[:, left] = torch.fmin(top[:, left], tightened(self.layers, self.region, *both, self.steps).view(2, -1))
+        sharp_high, sharp_low = upward(top[0] + slack), downward(-top[1] - slack)
+        lower, upper = torch.fmax(low[index], sharp_low), torch.fmin(high[index], sharp_high)  # where sums overflow they say nothing
         return Layer(gate, index, center, slack, inputs, earlier, signal.size.flatten()[index], lower, upper)
 
-    def gradients(self, of: Tensor, rows: Tensor) -> list[Tensor]:
-        """`rows @ d of / d .` to the input and to each layer of cut gates, in batches."""
-        leaves = [self.input, *self.cuts]
-        if not len(rows) or not of.requires_grad:
-            return [torch.zeros(len(rows), leaf.numel(), dtype=torch.float64) for leaf in leaves]
-        chunk = max(1, _CHUNK // max(1, of.numel() + sum(leaf.numel() for leaf in leaves)))
-        parts = []
-        for part in rows.split(chunk):
+    def gradients(self, value: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, entries) -> (n, inputs), (n, gates)
+        """`rows @ d value / d .` to the input and to the cut gates, in batches."""
+        inputs, gates = torch.zeros(len(rows), self.program.inputs, dtype=torch.float64), torch.zeros(len(rows), self.gates, dtype=torch.float64)
+        for part in self.batches(len(rows)):
             if time.monotonic() > self.until:
                 raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
-            found = torch.autograd.grad(of, leaves, part, retain_graph=True, allow_unused=True, is_grads_batched=True)
-            parts.append([torch.zeros(len(part), leaf.numel(), dtype=torch.float64) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
-        return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+
+            def bent(gate: Gate, found: Tensor, to_gates: Tensor = gates[part]) -> Tensor:
+                bend = self.bends[gate]
+                to_gates[:, bend.gates] = found[:, bend.cut]
+                return found * bend.slope
+
+            inputs[part] = self.program.back(value, rows[part], bent)
+        return inputs, gates
+
+    def batches(self, rows: int) -> list[slice]:
+        """So many at once that what is computed of them stays small."""
+        count = max(_ROWS, _CHUNK // self.program.widest)
+        return [slice(start, start + count) for start in range(0, rows, count)]
 
     def outputs(self, signal: _Signal, rows: Tensor) -> Condensed:
         """The rows of the output, and what rounding can add to each gradient."""
         y = signal.value.flatten()
-        inputs, *cuts = self.gradients(y, rows)
+        inputs, gates = self.gradients(self.program.output, rows)
         room = 2 * gamma(self.products + len(y) + 4)
         slack_gates, slack_inputs = self.slack(rows, room)
-        with torch.no_grad():
-            center = rows @ y.detach()
-            return Condensed(
-                region=self.region,
-                layers=tuple(self.layers),
-                center=center,
-                slack=room * (rows.abs() @ signal.size.flatten()) + _TINY,
-                inputs=inputs,
-                gates=torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *cuts], dim=1),
-                slack_gates=slack_gates,
-                slack_inputs=slack_inputs,
-                total=self.total,
-                rounding=functools.partial(self.slack, rows, room),
-            )
+        return Condensed(
+            region=self.region,
+            layers=tuple(self.layers),
+            center=rows @ y,
+            slack=room * (rows.abs() @ signal.size.flatten()) + _TINY,
+            inputs=inputs,
+            gates=gates,
+            slack_gates=slack_gates,
+            slack_inputs=slack_inputs,
+            total=self.total,
+            rounding=functools.partial(self.slack, rows, room),
+        )
 
-    @torch.enable_grad()
     def slack(self, rows: Tensor, room: float, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`room` times the gradients of the program with absolute values, in which every gate has the largest slope that it can have here.
 
         With `largest`, (rows, gates), at least the gradients to all z, they start from these and from the outputs, and end at the next undecided gate.
         """
-        leaf = torch.zeros(self.input.numel(), dtype=torch.float64, requires_grad=True)
-        slopes = iter(self.slopes)
-        inside: list[Tensor] = []  # of the undecided gates
-        outside: list[Tensor] = []
+        inputs, gates = torch.zeros(len(rows), self.program.inputs, dtype=torch.float64), torch.zeros(len(rows), self.gates, dtype=torch.float64)
+        for part in self.batches(len(rows)):
 
-        def bend(gate: Gate, z: Tensor) -> Tensor:
-            steepest, cut = next(slopes)
-            flat = z.flatten()
-            out = flat * steepest
-            p = out[cut] if largest is None else torch.zeros(len(cut), dtype=torch.float64)
-            p = p if p.requires_grad else p.requires_grad_(True)
-            if len(cut):
-                inside.append(flat[cut] if flat.requires_grad else flat[cut].requires_grad_(True))
-                outside.append(p)
-            return out.index_put((cut,), p).reshape(z.shape)
+            def steep(gate: Gate, found: Tensor, to_gates: Tensor = gates[part], given: Tensor | None = None if largest is None else largest[part]) -> Tensor:
+                bend = self.bends[gate]
+                to_gates[:, bend.gates] = found[:, bend.cut]
+                before = found * bend.steepest
+                return before if given is None else before.index_copy_(1, bend.cut, given[:, bend.gates])
 
-        y = self.program.run(leaf, bend, affine=lambda step: step.size)
-        starts, leaves = [y] if largest is None else [y, *inside], [leaf, *outside]
-        sizes = [len(part) for part in outside]
-        parts = []
-        for number, row in enumerate(rows.abs()):
-            weights = [row] if largest is None else [row, *largest[number].split(sizes)]
-            found = torch.autograd.grad(starts, leaves, weights, retain_graph=True, allow_unused=True)
-            parts.append([torch.zeros_like(part) if g is None else g for g, part in zip(found, leaves, strict=True)])
-        to_inputs, *to_gates = (torch.stack(columns) for columns in zip(*parts, strict=True))
-        none = torch.zeros(len(rows), 0, dtype=torch.float64)
-        return room * torch.cat([none, *to_gates], dim=1) + _TINY, room * to_inputs + _TINY
+            inputs[part] = self.program.back(self.program.output, rows[part].abs(), steep, absolute=True)
+        return room * gates + _TINY, room * inputs + _TINY
 
 
 def _part(layer: Layer, keep: Tensor) -> Layer:
@@ -351,8 +338,10 @@ def _part(layer: Layer, keep: Tensor) -> Layer:
 
 def _silent(layer: Layer) -> Tensor:
     """The ReLUs of what is computed as the constant 0, such as a tie of two that are shut: nothing but rounding, and so are their gradients."""
-    nothing = (layer.center == 0) & ~layer.inputs.any(dim=1) & ~layer.earlier.any(dim=1)
-    return nothing if layer.gate.activation == RELU else torch.zeros_like(nothing)
+    nothing = (layer.center == 0) & (layer.gate.activation == RELU)
+    some = torch.nonzero(nothing).flatten()
+    nothing[some] = ~layer.inputs[some].any(dim=1) & ~layer.earlier[some].any(dim=1)
+    return nothing
 
 
 def _numpy(function: Callable[..., tuple[np.ndarray, np.ndarray]], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from certify.local.region import Region
@@ -68,6 +69,11 @@ def linear_upper_bounds(
         constant = constant + (above * lines.high_shift).sum(-1) + (below * lines.low_shift).sum(-1) + weight @ layer.center + weight.abs() @ layer.slack
         size = size + (gates[..., start:stop].abs() * layer.peak).sum(-1) + weight.abs() @ layer.size
         size = size + (above * lines.high_shift.abs() - below * lines.low_shift.abs()).sum(-1)
-        g, c = g + weight @ layer.inputs, c[..., :start] + weight @ layer.earlier
+        g, c = _plus(g, weight, layer.inputs), _plus(c[..., :start], weight, layer.earlier)
         terms, stop = terms + 2 * (stop - start) + 8, start
     return constant + 2 * gamma(terms) * size, g
+
+
+def _plus(rows: Tensor, weight: Tensor, of: Tensor) -> Tensor:
+    """`rows + weight @ of`, in one step where that is one."""
+    return torch.addmm(rows, weight, of) if rows.dim() == weight.dim() == of.dim() == 2 else rows + weight @ of
