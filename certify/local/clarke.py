@@ -37,7 +37,7 @@ class _Gates:
     room: float  # relative, for the rounding of all sums
 
     @functools.cached_property
-    def bends(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (rows or 1, 1, n), (rows, 1, n), (rows, n, 1), (rows, n, 1)
+    def bends(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (rows or 1, n), and (rows, n) each
         """mean, half, a, b with `c p <= (mean c + half |c|) (later p) + a c + b |c|` for every c; in b is room for rounding, relative to |c p| and |c E|.
 
         The two lines around a product have slopes with the same mean in every row, but for rounding; then it stands there once, and b has what it is off by.
@@ -49,7 +49,7 @@ class _Gates:
         a = mean * self.center + (lines.high_shift + lines.low_shift) / 2
         b = half * self.center + (lines.high_shift - lines.low_shift) / 2 + steepest * self.slack
         b = b + self.room * (steepest * self.size + largest) + 2 * (own - mean).abs() * self.size
-        return mean[:, None], half[:, None], a[..., None], b[..., None]
+        return mean, half, a, b
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,9 +155,9 @@ def bounds(
         part = slice(number, number + chunk)
         c, *rest = (form[part] for form in start)
         size_of_c = c.abs()
-        total = _signs((c @ a)[..., 0] + constant[:, part], (size_of_c @ b)[..., 0] + first.room * size[:, part])
+        total = _signs(torch.addmm(constant[:, part], a, c.T), torch.addmm(size[:, part], b, size_of_c.T, beta=first.room))
         if others:
-            total = _upper_bounds(others, _signs(torch.cat(rest, dim=1) + (c * mean) @ first.later, (size_of_c * half) @ first.later), total)
+            total = _upper_bounds(others, _signs(torch.cat(rest, dim=1) + (c * mean[:, None]) @ first.later, (size_of_c * half[:, None]) @ first.later), total)
         ends[..., part] = total.view(rows, 2, -1)
     return -ends[:, 1], ends[:, 0]
 
@@ -183,9 +183,9 @@ def _upper_bounds(
         c, forms = forms.split([layer.peak.shape[1], forms.shape[-1] - layer.peak.shape[1]], dim=-1)
         size_of_c = c.abs()
         mean, half, a, b = layer.bends
-        total = total + (c @ a)[..., 0] + (size_of_c @ b)[..., 0]
+        total = total + (c @ a[..., None])[..., 0] + (size_of_c @ b[..., None])[..., 0]
         if forms.shape[-1]:
-            forms.baddbmm_(torch.addcmul(c * mean, size_of_c, half), layer.later.expand(len(c), -1, -1))
+            forms.baddbmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]), layer.later.expand(len(c), -1, -1))
     return total
 
 

@@ -31,6 +31,7 @@ _TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, 
 _GROWTH = 2.0**200
 _REACH = 2.0**100
 _CHUNK = 2**18  # numbers of a value in one batch of gradients: they stay in the cache of the processor
+_FIELDS = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")  # of a layer, by gate
 _ROWS = 32  # of gradients in the smallest batch, so that weights are not read too often
 
 
@@ -229,14 +230,12 @@ class _Sweep:
         low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
         self.total += len(low)
         index = torch.nonzero(_undecided(gate, low, high)).flatten()
-        if len(index):
-            layer = self.sharpened(gate, signal, index, low, high)
-            low[index], high[index] = layer.low, layer.high
-            silent = _silent(layer)
-            undecided = _undecided(gate, layer.low, layer.high)
-            layer, silent = _part(layer, torch.nonzero(undecided & ~silent).flatten()), index[undecided & silent]
-        else:
-            layer, silent = None, index
+        layers = [self.sharpened(gate, signal, part, low, high) for part in index.split(self.batch) if len(part)]
+        layer = _joined(layers) if layers else None
+        silent = index[:0]
+        if layer is not None:
+            nothing = _silent(layer)
+            layer, silent = _part(layer, torch.nonzero(~nothing).flatten()), layer.index[nothing]
         least, most = slopes(gate, low, high)
         slope, intercept = torch.where(least == most, least, 0.0), _intercept(gate, low, high)
         image_low, image_high = image(gate, low, high)
@@ -258,46 +257,45 @@ class _Sweep:
         return _Signal(value.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
 
     def sharpened(self, gate: Gate, signal: _Signal, index: Tensor, low: Tensor, high: Tensor) -> Layer:
-        """The rows of some entries of a gate's input, and their range by linear relaxations of the gates before them (CROWN)."""
-        center, n = signal.value.flatten()[index], len(index)
-        inputs, earlier = self.gradients(gate.input, torch.zeros(n, len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
-        slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
-        top = torch.zeros(2, n, dtype=torch.float64)  # of the inputs of the gates, and of their negatives
-        for part in self.batches(n):
-            both = [torch.cat([rows[part], -rows[part]]) for rows in (center, inputs, earlier)]
-            top[:, part] = upper_bounds(self.layers, self.region, *both).view(2, -1)
-        if self.steps and self.layers:
-            left = _undecided(gate, torch.maximum(low[index], -top[1] - slack), torch.minimum(high[index], top[0] + slack))
-            both = [torch.cat([rows[left], -rows[left]]) for rows in (center, inputs, earlier)]
-            top[:, left] = torch.fmin(top[:, left], tightened(self.layers, self.region, *both, self.steps).view(2, -1))
-        sharp_high, sharp_low = upward(top[0] + slack), downward(-top[1] - slack)
-        lower, upper = torch.fmax(low[index], sharp_low), torch.fmin(high[index], sharp_high)  # where sums overflow they say nothing
-        return Layer(gate, index, center, slack, inputs, earlier, signal.size.flatten()[index], lower, upper)
+        """Sharpen the ranges of some entries of a gate's input by linear relaxations of the gates before them (CROWN); those that are still undecided."""
+        center, size = signal.value.flatten()[index], signal.size.flatten()[index]
+        inputs, earlier = self.gradients(gate.input, torch.zeros(len(index), len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
+        slack = 2 * gamma(self.products) * size + _TINY
+        layer = Layer(gate, index, center, slack, inputs, earlier, size, low[index], high[index])
+        layer = self.narrowed(layer, upper_bounds(self.layers, self.region, *_both_signs(layer)), low, high)
+        if self.steps and self.layers and layer.count:
+            layer = self.narrowed(layer, tightened(self.layers, self.region, *_both_signs(layer), self.steps), low, high)
+        return layer
+
+    def narrowed(self, layer: Layer, top: Tensor, low: Tensor, high: Tensor) -> Layer:
+        """What is still undecided below `top`, bounds of all and then of their negatives; the ranges of all are noted."""
+        sharp_high, sharp_low = upward(top[: layer.count] + layer.slack), downward(-top[layer.count :] - layer.slack)
+        lower, upper = torch.fmax(layer.low, sharp_low), torch.fmin(layer.high, sharp_high)  # where sums overflow they say nothing
+        low[layer.index], high[layer.index] = lower, upper
+        return _part(dataclasses.replace(layer, low=lower, high=upper), torch.nonzero(_undecided(layer.gate, lower, upper)).flatten())
 
     def gradients(self, value: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, entries) -> (n, inputs), (n, gates)
-        """`rows @ d value / d .` to the input and to the cut gates, in batches."""
-        inputs, gates = torch.zeros(len(rows), self.program.inputs, dtype=torch.float64), torch.zeros(len(rows), self.gates, dtype=torch.float64)
-        for part in self.batches(len(rows)):
-            if time.monotonic() > self.until:
-                raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
+        """`rows @ d value / d .` to the input and to the cut gates."""
+        if time.monotonic() > self.until:
+            raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
+        to_gates = torch.zeros(len(rows), self.gates, dtype=torch.float64)
 
-            def bent(gate: Gate, found: Tensor, to_gates: Tensor = gates[part]) -> Tensor:
-                bend = self.bends[gate]
-                to_gates[:, bend.gates] = found[:, bend.cut]
-                return found * bend.slope
+        def bent(gate: Gate, found: Tensor) -> Tensor:
+            bend = self.bends[gate]
+            to_gates[:, bend.gates] = found[:, bend.cut]
+            return found * bend.slope
 
-            inputs[part] = self.program.back(value, rows[part], bent)
-        return inputs, gates
+        return self.program.back(value, rows, bent), to_gates
 
-    def batches(self, rows: int) -> list[slice]:
-        """So many at once that what is computed of them stays small."""
-        count = max(_ROWS, _CHUNK // self.program.widest)
-        return [slice(start, start + count) for start in range(0, rows, count)]
+    @property
+    def batch(self) -> int:
+        """So many rows of gradients at once that what is computed of them stays small."""
+        return max(_ROWS, _CHUNK // self.program.widest)
 
     def outputs(self, signal: _Signal, rows: Tensor) -> Condensed:
         """The rows of the output, and what rounding can add to each gradient."""
         y = signal.value.flatten()
-        inputs, gates = self.gradients(self.program.output, rows)
+        inputs, gates = (torch.cat(parts) for parts in zip(*(self.gradients(self.program.output, part) for part in rows.split(self.batch)), strict=True))
         room = 2 * gamma(self.products + len(y) + 4)
         slack_gates, slack_inputs = self.slack(rows, room)
         return Condensed(
@@ -318,22 +316,37 @@ class _Sweep:
 
         With `largest`, (rows, gates), at least the gradients to all z, they start from these and from the outputs, and end at the next undecided gate.
         """
-        inputs, gates = torch.zeros(len(rows), self.program.inputs, dtype=torch.float64), torch.zeros(len(rows), self.gates, dtype=torch.float64)
-        for part in self.batches(len(rows)):
+        batches = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
+        parts = [self.steepest(rows[batch], None if largest is None else largest[batch]) for batch in batches]
+        gates, inputs = (room * torch.cat(columns) + _TINY for columns in zip(*parts, strict=True))
+        return gates, inputs
 
-            def steep(gate: Gate, found: Tensor, to_gates: Tensor = gates[part], given: Tensor | None = None if largest is None else largest[part]) -> Tensor:
-                bend = self.bends[gate]
-                to_gates[:, bend.gates] = found[:, bend.cut]
-                before = found * bend.steepest
-                return before if given is None else before.index_copy_(1, bend.cut, given[:, bend.gates])
+    def steepest(self, rows: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:  # (rows, gates), (rows, inputs)
+        """The gradients of the program with absolute values, from the outputs, and from `given` at the cut gates where it is there."""
+        to_gates = torch.zeros(len(rows), self.gates, dtype=torch.float64)
 
-            inputs[part] = self.program.back(self.program.output, rows[part].abs(), steep, absolute=True)
-        return room * gates + _TINY, room * inputs + _TINY
+        def steep(gate: Gate, found: Tensor) -> Tensor:
+            bend = self.bends[gate]
+            to_gates[:, bend.gates] = found[:, bend.cut]
+            before = found * bend.steepest
+            return before if given is None else before.index_copy_(1, bend.cut, given[:, bend.gates])
+
+        return to_gates, self.program.back(self.program.output, rows.abs(), steep, absolute=True)
+
+
+def _both_signs(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    center, inputs, earlier = (torch.cat([part, -part]) for part in (layer.center, layer.inputs, layer.earlier))
+    return center, inputs, earlier
+
+
+def _joined(layers: Sequence[Layer]) -> Layer:
+    """One layer of several."""
+    return layers[0] if len(layers) == 1 else dataclasses.replace(layers[0], **{name: torch.cat([getattr(part, name) for part in layers]) for name in _FIELDS})
 
 
 def _part(layer: Layer, keep: Tensor) -> Layer:
-    fields = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")
-    return dataclasses.replace(layer, **{name: getattr(layer, name)[keep] for name in fields})
+    """Some of its gates."""
+    return layer if len(keep) == layer.count else dataclasses.replace(layer, **{name: getattr(layer, name)[keep] for name in _FIELDS})
 
 
 def _silent(layer: Layer) -> Tensor:

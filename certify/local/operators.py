@@ -16,6 +16,7 @@ from sdp.activation import GELU, SIGMOID, SILU, TANH
 
 _A = torch.ops.aten
 Signal = Ref | Tensor | Number
+_COLUMNS = 2**19  # numbers, of the windows of all rows that go through a convolution at once
 
 
 def _pointed(x: Signal, builder: _Builder) -> None:
@@ -297,12 +298,15 @@ def _convolved_back(
     spread = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     made = [weight.shape[0], *((length + 2 * p - d * (taps - 1) - 1) // s + 1 for length, taps, s, p, d in spread)]
     options = (None, stride, padding, dilation, False, [0] * axes, groups, [True, False, False])
-    shape = torch.zeros(1, dtype=torch.float64)  # of the input nothing but its shape is used
+    count = max(1, _COLUMNS // (math.prod(weight.shape[1:]) * math.prod(made[1:])))
+    shape = torch.zeros(1, dtype=torch.float64).expand(count, *x.shape[1:])  # of the input nothing but its shape is used
+
+    def back(rows: Tensor, kernel: Tensor) -> Tensor:
+        return _A.convolution_backward.default(rows.reshape(len(rows), *made), shape[: len(rows)], kernel, *options)[0].flatten(1)
 
     def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
-        behind = shape.expand(len(rows), *x.shape[1:])
-        found = _A.convolution_backward.default(rows.reshape(len(rows), *made), behind, size if absolute else weight, *options)
-        return [found[0].flatten(1)]
+        kernel = size if absolute else weight
+        return [back(rows, kernel) if len(rows) <= count else torch.cat([back(part, kernel) for part in rows.split(count)])]
 
     return transposed
 

@@ -176,7 +176,7 @@ class Program:
 
     def back(self, value: int, rows: Tensor, gate: Callable[[Gate, Tensor], Tensor], absolute: bool = False) -> Tensor:  # (n, entries) -> (n, inputs)
         """What rows of gradients to a value are to the input; `gate` says what they are before a gate, for those behind it. `absolute` is for all steps."""
-        held = {value: rows}
+        held = {value: rows} if len(rows) else {}
         for k in reversed(range(value)):
             if k + 1 in held:
                 step, rows = self.steps[k], held.pop(k + 1)
