@@ -46,7 +46,7 @@ def _moved(builder: _Builder, x: Ref, move: Callable[[Tensor], Tensor], terms: i
         back = _unchanged
     elif torch.equal(source.sort().values, torch.arange(count)):
         places = source.argsort()
-        back = lambda rows, _: [rows[:, places]]  # noqa: E731
+        back = lambda rows, _: [rows.index_select(1, places)]  # noqa: E731
     else:
         back = lambda rows, _: [rows.new_zeros(len(rows), count).index_add_(1, source, rows)]  # noqa: E731
     return builder.affine([x], move, terms=-(-len(source) // max(1, count)) if terms is None else terms, transposed=back)
@@ -119,7 +119,7 @@ def _joined(target: Any) -> None:
         places = [torch.nonzero(mark.flatten()).flatten() for mark in marks]  # the entries of one signal keep their order
 
         def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
-            return [rows[:, mine] for mine in places]
+            return [rows.index_select(1, mine) for mine in places]
 
         if all(part is None for part in stored):
             return builder.affine(signals, joined(False, True), transposed=transposed)
