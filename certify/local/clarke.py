@@ -153,11 +153,12 @@ def bounds(
     chunk = max(1, _CHUNK // max(1, 2 * rows * sum(part.shape[-1] for part in start)))
     for number in range(0, forms, chunk):
         part = slice(number, number + chunk)
-        c, *rest = (form[part] for form in start)
+        c, rest = torch.cat([form[part] for form in start], dim=1).tensor_split([len(first.later)], dim=1)
         size_of_c = c.abs()
         total = _signs(torch.addmm(constant[:, part], a, c.T), torch.addmm(size[:, part], b, size_of_c.T, beta=first.room))
         if others:
-            total = _upper_bounds(others, _signs(torch.cat(rest, dim=1) + (c * mean[:, None]) @ first.later, (size_of_c * half[:, None]) @ first.later), total)
+            bent = ((size_of_c * half[:, None]).flatten(0, 1) @ first.later).view(rows, len(c), -1)
+            total = _upper_bounds(others, _signs(rest + (c * mean[:, None]) @ first.later, bent), total)
         ends[..., part] = total.view(rows, 2, -1)
     return -ends[:, 1], ends[:, 0]
 
@@ -185,7 +186,7 @@ def _upper_bounds(
         mean, half, a, b = layer.bends
         total = total + (c @ a[..., None])[..., 0] + (size_of_c @ b[..., None])[..., 0]
         if forms.shape[-1]:
-            forms.baddbmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]), layer.later.expand(len(c), -1, -1))
+            forms.flatten(0, 1).addmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]).flatten(0, 1), layer.later)
     return total
 
 

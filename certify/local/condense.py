@@ -30,7 +30,7 @@ from sdp.proof import gamma
 _TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, of 2^30, times the square of _GROWTH and _REACH
 _GROWTH = 2.0**200
 _REACH = 2.0**100
-_CHUNK = 2**18  # numbers of a value in one batch of gradients: they stay in the cache of the processor
+_CHUNK = 2**17  # numbers of a value in one batch of gradients: they stay in the cache of the processor
 _FIELDS = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")  # of a layer, by gate
 _ROWS = 32  # of gradients in the smallest batch, so that weights are not read too often
 
@@ -262,17 +262,23 @@ class _Sweep:
         inputs, earlier = self.gradients(gate.input, torch.zeros(len(index), len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
         slack = 2 * gamma(self.products) * size + _TINY
         layer = Layer(gate, index, center, slack, inputs, earlier, size, low[index], high[index])
-        layer = self.narrowed(layer, upper_bounds(self.layers, self.region, *_both_signs(layer)), low, high)
-        if self.steps and self.layers and layer.count:
-            layer = self.narrowed(layer, tightened(self.layers, self.region, *_both_signs(layer), self.steps), low, high)
+        layer = self.narrowed(layer, functools.partial(upper_bounds, self.layers, self.region), low, high)
+        if self.steps and self.layers:
+            layer = self.narrowed(layer, functools.partial(tightened, self.layers, self.region, steps=self.steps), low, high)
         return layer
 
-    def narrowed(self, layer: Layer, top: Tensor, low: Tensor, high: Tensor) -> Layer:
-        """What is still undecided below `top`, bounds of all and then of their negatives; the ranges of all are noted."""
-        sharp_high, sharp_low = upward(top[: layer.count] + layer.slack), downward(-top[layer.count :] - layer.slack)
-        lower, upper = torch.fmax(layer.low, sharp_low), torch.fmin(layer.high, sharp_high)  # where sums overflow they say nothing
-        low[layer.index], high[layer.index] = lower, upper
-        return _part(dataclasses.replace(layer, low=lower, high=upper), torch.nonzero(_undecided(layer.gate, lower, upper)).flatten())
+    def narrowed(self, layer: Layer, bound: Callable[[Tensor, Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> Layer:
+        """What is still undecided by bounds from above, and then, of gates that these have not shut, from below; the new ends are noted.
+
+        Where sums overflow they say nothing. The range of a ReLU that is shut is not looked at again.
+        """
+        upper = torch.fmin(layer.high, upward(bound(layer.center, layer.inputs, layer.earlier) + layer.slack))
+        high[layer.index] = upper
+        shut = (upper <= 0) & (layer.gate.activation == RELU)
+        layer = _part(dataclasses.replace(layer, high=upper), torch.nonzero(~shut).flatten())
+        lower = torch.fmax(layer.low, downward(-bound(-layer.center, -layer.inputs, -layer.earlier) - layer.slack))
+        low[layer.index] = lower
+        return _part(dataclasses.replace(layer, low=lower), torch.nonzero(_undecided(layer.gate, lower, layer.high)).flatten())
 
     def gradients(self, value: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, entries) -> (n, inputs), (n, gates)
         """`rows @ d value / d .` to the input and to the cut gates."""
@@ -332,11 +338,6 @@ class _Sweep:
             return before if given is None else before.index_copy_(1, bend.cut, given[:, bend.gates])
 
         return to_gates, self.program.back(self.program.output, rows.abs(), steep, absolute=True)
-
-
-def _both_signs(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    center, inputs, earlier = (torch.cat([part, -part]) for part in (layer.center, layer.inputs, layer.earlier))
-    return center, inputs, earlier
 
 
 def _joined(layers: Sequence[Layer]) -> Layer:
