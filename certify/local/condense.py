@@ -1,7 +1,7 @@
 """The program around one input, reduced to the gates that are not decided there.
 
 On the region every decided gate is a line, so that with the outputs p of the others the program is affine: `z = center + G d + M p`, gate by gate. The
-rows of G and M are gradients by autograd. With `|d|` and `|p|` bounded, what their rounding can change is at most `gamma_N` times the same program with
+rows of G and M are gradients. With `|d|` and `|p|` bounded, what their rounding can change is at most `gamma_N` times the same program with
 absolute values, N the number of products in the longest sum (Higham 2002, section 3.1; a gradient is a product of the same matrices from the other side).
 """
 
@@ -12,6 +12,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ _GROWTH = 2.0**200
 _REACH = 2.0**100
 _CHUNK = 2**17  # numbers of a value in one batch of gradients: they stay in the cache of the processor
 _FIELDS = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")  # of a layer, by gate
-_ROWS = 32  # of gradients in the smallest batch, so that weights are not read too often
+_ROWS = 64  # of gradients in the smallest batch, so that weights are not read too often
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -342,7 +343,8 @@ class _Sweep:
 
 def _joined(layers: Sequence[Layer]) -> Layer:
     """One layer of several."""
-    return layers[0] if len(layers) == 1 else dataclasses.replace(layers[0], **{name: torch.cat([getattr(part, name) for part in layers]) for name in _FIELDS})
+    fields: dict[str, Any] = {name: torch.cat([getattr(layer, name) for layer in layers]) for name in _FIELDS}
+    return layers[0] if len(layers) == 1 else dataclasses.replace(layers[0], **fields)
 
 
 def _part(layer: Layer, keep: Tensor) -> Layer:

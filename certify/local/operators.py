@@ -41,15 +41,14 @@ def _moved(builder: _Builder, x: Ref, move: Callable[[Tensor], Tensor], terms: i
     """A signal whose entries are moved, some of them perhaps to several places, or to none."""
     count = math.prod(x.shape)
     source = move(torch.arange(count, dtype=torch.float64).reshape(x.shape)).flatten().long()  # by place: which entry it has
-    back: Transposed
-    if torch.equal(source, torch.arange(count)):
-        back = _unchanged
-    elif torch.equal(source.sort().values, torch.arange(count)):
-        places = source.argsort()
-        back = lambda rows, _: [rows.index_select(1, places)]  # noqa: E731
-    else:
-        back = lambda rows, _: [rows.new_zeros(len(rows), count).index_add_(1, source, rows)]  # noqa: E731
-    return builder.affine([x], move, terms=-(-len(source) // max(1, count)) if terms is None else terms, transposed=back)
+    same, places = torch.arange(count), source.argsort()
+    permuted = torch.equal(source[places], same)
+
+    def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+        return [rows.index_select(1, places) if permuted else rows.new_zeros(len(rows), count).index_add_(1, source, rows)]
+
+    copies = -(-len(source) // max(1, count)) if terms is None else terms
+    return builder.affine([x], move, terms=copies, transposed=_unchanged if torch.equal(source, same) else transposed)
 
 
 def _unchanged(rows: Tensor, absolute: bool) -> list[Tensor]:
@@ -116,7 +115,7 @@ def _joined(target: Any) -> None:
 
         nothing = [torch.zeros(ref.shape, dtype=torch.float64) for ref in signals]
         marks = (joined(True, False)(*nothing[:k], nothing[k] + 1, *nothing[k + 1 :]) for k in range(len(signals)))
-        places = [torch.nonzero(mark.flatten()).flatten() for mark in marks]  # the entries of one signal keep their order
+        places = [torch.nonzero(mark.flatten() > 0).flatten() for mark in marks]  # the entries of one signal keep their order
 
         def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
             return [rows.index_select(1, mine) for mine in places]
@@ -224,8 +223,11 @@ def _divide(builder: _Builder, x: Signal, b: Signal) -> Ref:
         raise Refused("divides by zero")
     spread, size = _spread(builder, x, torch.broadcast_shapes(x.shape, divisor.shape)), divisor.abs()
     flat = divisor.expand(spread.shape).flatten()
-    back: Transposed = lambda rows, absolute: [rows / (flat.abs() if absolute else flat)]  # noqa: E731
-    return builder.affine([spread], lambda value: value / divisor, lambda value: value / size, terms=1, transposed=back)
+
+    def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+        return [rows / (flat.abs() if absolute else flat)]
+
+    return builder.affine([spread], lambda value: value / divisor, lambda value: value / size, terms=1, transposed=transposed)
 
 
 def _reduced(target: Any) -> None:
@@ -292,7 +294,7 @@ def _convolved_back(
     dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> Transposed:
-    """Of a convolution, for as many rows as there are."""
+    """Of a convolution, for batches of rows."""
     axes = weight.dim() - 2
     stride, padding, dilation = (list(v) * (axes if len(v) == 1 else 1) for v in (stride, padding, dilation))
     spread = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
@@ -312,7 +314,7 @@ def _convolved_back(
 
 
 def _convolved(target: Any, plain: bool = False) -> None:
-    """Convolutions; a plain one has numbers for its padding, and goes from larger to smaller signals."""
+    """Convolutions; a plain one is not transposed, and has numbers for its padding."""
 
     def function(builder: _Builder, x: Ref, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> Ref:
         if not isinstance(weight, Tensor) or isinstance(bias, Ref):
@@ -325,7 +327,7 @@ def _convolved(target: Any, plain: bool = False) -> None:
             lambda value: target(value, size, None, *args, **options),
             constant,
             terms=max(weight.shape[:2]) * taps + 1,
-            transposed=_convolved_back(x, weight, size, *args, **options) if plain and x.shape[0] == 1 else None,
+            transposed=_convolved_back(x, weight, size, *args, **options) if plain and x.shape[0] == 1 and len(x.shape) == weight.dim() else None,
         )
 
     register(target)(function)

@@ -173,7 +173,6 @@ class Program:
                     values.pop(i, None)
         return values[self.output]
 
-
     def back(self, value: int, rows: Tensor, gate: Callable[[Gate, Tensor], Tensor], absolute: bool = False) -> Tensor:  # (n, entries) -> (n, inputs)
         """What rows of gradients to a value are to the input; `gate` says what they are before a gate, for those behind it. `absolute` is for all steps."""
         held = {value: rows} if len(rows) else {}
