@@ -30,7 +30,7 @@ import certify
 import lipnet
 from benchmarks.rows import Row, parser, show
 from certify.local import _lirpa, condense
-from certify.local.clarke import bound_jacobian
+from certify.local.coupled import bound_jacobian
 from certify.local.program import Program
 from certify.local.region import Region
 

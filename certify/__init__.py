@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from certify.attack import PGD as PGD
     from certify.attack import Foolbox as Foolbox
     from certify.attack import falsify as falsify
+    from certify.autoattack import AutoAttack as AutoAttack
     from certify.bound import Assumption as Assumption
     from certify.bound import Ball as Ball
     from certify.bound import Bound as Bound
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from certify.smoothing.mixed import Mixed as Mixed
 
 _HOME = {
-    "Foolbox": "attack", "PGD": "attack", "falsify": "attack",
+    "AutoAttack": "autoattack", "Foolbox": "attack", "PGD": "attack", "falsify": "attack",
     "Assumption": "bound", "Ball": "bound", "Bound": "bound", "Box": "bound", "Domain": "bound", "Estimate": "bound", "Everywhere": "bound",
     "Certificate": "certificate",
     "CertifyError": "errors", "StaleBound": "errors", "Unsupported": "errors",

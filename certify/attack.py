@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from certify.bound import Array, Estimate
 from certify.data import Dataset
 from certify.errors import CertifyError
-from certify.graph import Graph
-from certify.margins import logits
+from certify.margins import Runs, logits
+from certify.opaque import runnable
 from certify.rounding import up
 
 _CLEAR = 1e-6  # of the largest logit: what another class is to be ahead by, so that it is with another BLAS too, which may move a weight by some 1e-7
@@ -94,7 +94,7 @@ class PGD(Attack):
             delta = self._inside(x, delta)
             values, slope = _ascent(net, x + delta.reshape(-1, *x.shape[1:]), label, targets)
             size = _sizes(delta, self.norm)
-            met = _flipped(values, z)
+            met = flipped(values, z)
             better = met & (size < best)
             best, found = torch.where(better, size, best), torch.where(better[:, None], delta, found)
             change = 0.002 + 0.1 * left
@@ -102,7 +102,7 @@ class PGD(Attack):
             radius = torch.where(met, torch.minimum(size, best) * (1 - change), grown)
             length = (0.05 + 0.95 * left) * radius
             delta = _on_sphere(delta + length[:, None] * _steepest(slope, self.norm), radius, self.norm)
-        return _nearer(net, x, x + found[best.isfinite()].reshape(-1, *x.shape[1:]), z)
+        return nearer(net, x, x + found[best.isfinite()].reshape(-1, *x.shape[1:]), z)
 
     def _inside(self, x: Tensor, delta: Tensor) -> Tensor:
         return (x.flatten() + delta).clamp(0, 1) - x.flatten() if self.clip else delta
@@ -139,12 +139,9 @@ class Foolbox(Attack):
             if self.attack != "pgd":
                 points = self._made(foolbox).run(model, rows, labels)
             else:
-                targets = torch.tensor([int(np.argmax(np.delete(z, label)))])
-                targets += targets >= label
-                guess = float(_first_order(torch.from_numpy(z), label, targets, _ascent(net, x, label, targets)[1], self.norm)[0])
-                points = _by_radius(lambda radius: self._made(foolbox).run(model, rows, labels, epsilon=radius), net, z, guess)
+                points = by_radius(lambda radius: self._made(foolbox).run(model, rows, labels, epsilon=radius), net, x, z, self.norm)
         points = points.detach()
-        return _nearer(net, x, points[_flipped(net(points.clone()).detach(), z)], z)
+        return nearer(net, x, points[flipped(net(points.clone()).detach(), z)], z)
 
     def _made(self, foolbox: ModuleType) -> Any:
         """The attack as foolbox's own value."""
@@ -172,12 +169,12 @@ def falsify(net: nn.Module, inputs: Tensor, *attacks: Attack) -> list[Attacked]:
     """For each input (N, ...) the nearest point that one of the attacks finds and the frozen network in float64 gives another class. An upper bound each."""
     if not torch.is_floating_point(inputs) or not torch.isfinite(inputs).all():
         raise ValueError("inputs must be finite floating-point numbers; convert them with inputs.float() and leave out rows with NaN")
-    graph = Graph.of(net, tuple(inputs.shape[1:]))
+    graph = runnable(net, tuple(inputs.shape[1:]))
     return [nearest(graph, inputs[index : index + 1], attacks, index) for index in range(len(inputs))]
 
 
 def nearest(
-    graph: Graph,
+    graph: Runs,
     inputs: Tensor,  # (1, ...)
     attacks: Sequence[Attack],
     index: int,
@@ -216,7 +213,7 @@ def distance(point: Array, x: Array, norm: float) -> float:
     return up(math.sqrt(up(math.fsum(squares)))) if len(squares) else 0.0
 
 
-def row(graph: Graph, dataset: Dataset, attacks: Sequence[Attack], index: int) -> dict[str, Any]:
+def row(graph: Runs, dataset: Dataset, attacks: Sequence[Attack], index: int) -> dict[str, Any]:
     """The row of a results folder for one input: the point is in it, so that it can be looked at again. A wrong prediction is not attacked: distance 0."""
     start = time.perf_counter()
     x, label = torch.from_numpy(dataset.inputs[index : index + 1]), int(dataset.labels[index])
@@ -240,7 +237,7 @@ def row(graph: Graph, dataset: Dataset, attacks: Sequence[Attack], index: int) -
     }
 
 
-def contradictions(graph: Graph, dataset: Dataset, row: Mapping[str, Any], norm: str, clip: bool, tolerance: float) -> list[str]:
+def contradictions(graph: Runs, dataset: Dataset, row: Mapping[str, Any], norm: str, clip: bool, tolerance: float) -> list[str]:
     """What a row claims and its point does not show. Its distance may be larger than that of the point, never smaller."""
     index, radius, kept = row["index"], row.get("radius"), row.get("point")
     x, label = dataset.inputs[index], int(dataset.labels[index])
@@ -276,7 +273,7 @@ def _clear(there: Array, z: Array, share: float) -> bool:
     return bool(np.isfinite(there).all() and np.delete(there, label).max() - there[label] > share * max(np.abs(there).max(), np.abs(z).max()))
 
 
-def _flipped(
+def flipped(
     there: Tensor,  # (N, classes)
     z: Array,  # (classes,)
 ) -> Tensor:
@@ -322,7 +319,7 @@ def _in_range(point: Array) -> bool:
 
 
 @torch.no_grad()
-def _nearer(net: nn.Module, x: Tensor, points: Tensor, z: Array) -> Tensor:
+def nearer(net: nn.Module, x: Tensor, points: Tensor, z: Array) -> Tensor:
     """Points of another class, moved towards x as far as bisection keeps them there."""
     if not len(points):
         return points
@@ -331,7 +328,7 @@ def _nearer(net: nn.Module, x: Tensor, points: Tensor, z: Array) -> Tensor:
     for _ in range(30):
         middle = (low + high) / 2
         between = x + middle.reshape(column) * (points - x)
-        met = _flipped(net(between.clone()), z)
+        met = flipped(net(between.clone()), z)
         low, high = torch.where(met, low, middle), torch.where(met, middle, high)
     moved = x + high.reshape(column) * (points - x)
     return torch.where((high < 1).reshape(column), moved, points)
@@ -347,12 +344,22 @@ def _foolbox() -> ModuleType:
     return module
 
 
-def _by_radius(run: Callable[[float], Tensor], net: nn.Module, z: Array, radius: float) -> Tensor:
-    """The points of an attack within a given radius, at the smallest radius at which it finds some: doubled, then bisected to 1 %."""
-    low, high, kept = 0.0, math.inf, run(radius)[:0]
+def by_radius(
+    run: Callable[[float], Tensor],
+    net: nn.Module,
+    x: Tensor,  # (1, ...)
+    z: Array,  # (classes,) the logits there
+    norm: float,
+) -> Tensor:
+    """The points of an attack within a given radius, at the smallest radius at which it finds some: from the first order on doubled, then bisected to 1 %."""
+    label = int(np.argmax(z))
+    targets = torch.tensor([int(np.argmax(np.delete(z, label)))])
+    targets += targets >= label
+    radius = float(_first_order(torch.from_numpy(z), label, targets, _ascent(net, x, label, targets)[1], norm)[0])
+    low, high, kept = 0.0, math.inf, x[:0]
     for _ in range(40):
-        points = run(radius).detach()
-        met = points[_flipped(net(points.clone()).detach(), z)]
+        points = run(radius).detach().double()
+        met = points[flipped(net(points.clone()).detach(), z)]
         if len(met):
             high, kept = radius, met
         else:

@@ -95,11 +95,7 @@ class Graph:
     @functools.cached_property
     def double(self) -> nn.Module:
         """The frozen network with its numbers taken exactly into float64."""
-        net = copy.deepcopy(self.frozen)
-        for module in net.modules():
-            if isinstance(module, nn.RMSNorm) and module.eps is None and module.weight is not None:
-                module.eps = float(torch.finfo(module.weight.dtype).eps)  # else float64 would have its own, and be another function
-        return net.double()
+        return in_float64(self.frozen)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -192,6 +188,15 @@ class Graph:
         if not np.array_equal(*found):
             raise Unsupported([Problem(node.name, name_of(node.target), "depends on the number of inputs in a batch; act on the other dimensions")])
         return found[0]
+
+
+def in_float64(frozen: nn.Module) -> nn.Module:
+    """A copy of a frozen network with its numbers taken exactly into float64."""
+    net = copy.deepcopy(frozen)
+    for module in net.modules():
+        if isinstance(module, nn.RMSNorm) and module.eps is None and module.weight is not None:
+            module.eps = float(torch.finfo(module.weight.dtype).eps)  # else float64 would have its own, and be another function
+    return net.double()
 
 
 def _trials(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[dict[str, Shape], tuple[dict[str, Any], ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,14 @@ from certify.graph import Graph
 from certify.rounding import up
 
 _BATCH = 1024
+
+
+class Runs(Protocol):
+    """A network that can be run as it is certified and attacked."""
+
+    @property
+    def double(self) -> nn.Module:
+        """Frozen, its numbers taken exactly into float64."""
 
 
 class RobustnessMethod(abc.ABC):
@@ -115,7 +124,7 @@ def same_gap(stored: object, found: float | None) -> bool:
 
 
 @torch.no_grad()
-def logits(graph: Graph, inputs: Tensor) -> Array:
+def logits(graph: Runs, inputs: Tensor) -> Array:
     """The logits of the frozen network, with its weights and the inputs taken exactly into float64."""
     net = graph.double
     batches = [net(batch.cpu().double().clone()) for batch in inputs.split(_BATCH)]

@@ -32,6 +32,10 @@ class Activation(abc.ABC):
     def image(self, low: Array, high: Array) -> tuple[Array, Array]:
         """A range that holds the values."""
 
+    def curvatures(self, low: Array, high: Array) -> tuple[Array, Array]:
+        """A range that holds the difference quotients of the derivative; everything, where there may be none."""
+        return np.full_like(low, -np.inf), np.full_like(low, np.inf)
+
     def intercept(self, low: Array, high: Array) -> Array:
         """`phi(v) - slope v` where the function is affine on `[low, high]`; exact."""
         return np.zeros_like(low)
@@ -131,16 +135,18 @@ class Smooth(Activation):
         return self.name
 
     def slopes(self, low: Array, high: Array) -> tuple[Array, Array]:
-        _, derivative, turns, _, (least, most) = _SMOOTH[self.name]
-        lower, upper = _extremes(derivative, low, high, turns)
+        lower, upper = _extremes(*_SMOOTH[self.name].slope, low, high)
+        least, most = _SMOOTH[self.name].range
         return np.maximum(lower, least), np.minimum(upper, most)
 
+    def curvatures(self, low: Array, high: Array) -> tuple[Array, Array]:
+        return _extremes(*_SMOOTH[self.name].curvature, low, high)
+
     def image(self, low: Array, high: Array) -> tuple[Array, Array]:
-        value, _, _, turns, _ = _SMOOTH[self.name]
-        return _extremes(value, low, high, turns)
+        return _extremes(*_SMOOTH[self.name].value, low, high)
 
 
-def _extremes(function: Function, low: Array, high: Array, turns: tuple[float, ...]) -> tuple[Array, Array]:
+def _extremes(function: Function, turns: tuple[float, ...], low: Array, high: Array) -> tuple[Array, Array]:
     """Over `[low, high]` of a function that is monotone between its turns, outward."""
     with np.errstate(over="ignore", invalid="ignore"):
         values = [function(low), function(high)]
@@ -175,35 +181,58 @@ def _gelu_slope(v: Array) -> Array:
     return np.asarray(special.ndtr(v) + v * np.exp(-v * v / 2) / math.sqrt(2 * math.pi))
 
 
-# value, derivative, where the derivative turns, where the value turns, the slopes everywhere (rounded outward)
+def _logistic_slope(v: Array) -> Array:
+    return np.asarray(special.expit(v) * special.expit(-v))
+
+
+def _silu_curvature(v: Array) -> Array:
+    return np.asarray(_logistic_slope(v) * (2 + v * (special.expit(-v) - special.expit(v))))
+
+
+def _gelu_curvature(v: Array) -> Array:
+    v = np.clip(v, -50, 50)
+    return np.asarray((2 - v * v) * np.exp(-v * v / 2) / math.sqrt(2 * math.pi))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Curve:
+    """A function, its derivative and its second derivative, each with the points where it turns; and the slopes everywhere, rounded outward."""
+
+    value: tuple[Function, tuple[float, ...]]
+    slope: tuple[Function, tuple[float, ...]]
+    curvature: tuple[Function, tuple[float, ...]]
+    range: tuple[float, float]
+
+
 _SMOOTH = {
-    "tanh": (
-        _at_infinity(np.tanh, -1.0, 1.0),
-        _at_infinity(lambda v: 1 / np.cosh(np.clip(v, -350, 350)) ** 2, 0.0, 0.0),
-        (0.0,),
-        (),
+    "tanh": _Curve(
+        (_at_infinity(np.tanh, -1.0, 1.0), ()),
+        (_at_infinity(lambda v: 1 / np.cosh(np.clip(v, -350, 350)) ** 2, 0.0, 0.0), (0.0,)),
+        (_at_infinity(lambda v: -2 * np.tanh(v) / np.cosh(np.clip(v, -350, 350)) ** 2, 0.0, 0.0), (-0.6584789484624084, 0.6584789484624084)),
         (0.0, 1.0),
     ),
-    "sigmoid": (
-        _at_infinity(special.expit, 0.0, 1.0),
-        _at_infinity(lambda v: special.expit(v) * special.expit(-v), 0.0, 0.0),
-        (0.0,),
-        (),
+    "sigmoid": _Curve(
+        (_at_infinity(special.expit, 0.0, 1.0), ()),
+        (_at_infinity(_logistic_slope, 0.0, 0.0), (0.0,)),
+        (_at_infinity(lambda v: _logistic_slope(v) * (special.expit(-v) - special.expit(v)), 0.0, 0.0), (-1.3169578969248168, 1.3169578969248168)),
         (0.0, 0.25),
     ),
-    "softplus": (_at_infinity(lambda v: np.logaddexp(0.0, v), 0.0, math.inf), _at_infinity(special.expit, 0.0, 1.0), (), (), (0.0, 1.0)),
-    "silu": (
-        _at_infinity(lambda v: v * special.expit(v), 0.0, math.inf),
-        _at_infinity(_silu_slope, 0.0, 1.0),
-        (-2.3993572805154, 2.3993572805154),
-        (-1.2784645427610738,),
+    "softplus": _Curve(
+        (_at_infinity(lambda v: np.logaddexp(0.0, v), 0.0, math.inf), ()),
+        (_at_infinity(special.expit, 0.0, 1.0), ()),
+        (_at_infinity(_logistic_slope, 0.0, 0.0), (0.0,)),
+        (0.0, 1.0),
+    ),
+    "silu": _Curve(
+        (_at_infinity(lambda v: v * special.expit(v), 0.0, math.inf), (-1.2784645427610738,)),
+        (_at_infinity(_silu_slope, 0.0, 1.0), (-2.3993572805154, 2.3993572805154)),
+        (_at_infinity(_silu_curvature, 0.0, 0.0), (-3.4358409935351107, 0.0, 3.4358409935351107)),
         (-0.0998394, 1.0998394),  # s(x) (1 + x (1 - s(x))) at the turns
     ),
-    "gelu": (
-        _at_infinity(lambda v: v * special.ndtr(v), 0.0, math.inf),
-        _at_infinity(_gelu_slope, 0.0, 1.0),
-        (-math.sqrt(2), math.sqrt(2)),
-        (-0.7517915867,),
+    "gelu": _Curve(
+        (_at_infinity(lambda v: v * special.ndtr(v), 0.0, math.inf), (-0.7517915867,)),
+        (_at_infinity(_gelu_slope, 0.0, 1.0), (-math.sqrt(2), math.sqrt(2))),
+        (_at_infinity(_gelu_curvature, 0.0, 0.0), (-2.0, 0.0, 2.0)),
         (-0.1289045, 1.1289045),  # 1/2 +- (erf(1)/2 + e^-1/sqrt(pi)), at the turns
     ),
 }

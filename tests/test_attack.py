@@ -30,6 +30,10 @@ def has_foolbox():
         return False
 
 
+def has_autoattack():
+    return importlib.util.find_spec("pyautoattack") is not None
+
+
 needs_foolbox = pytest.mark.skipif(not has_foolbox(), reason="foolbox is not installed")
 
 
@@ -399,3 +403,57 @@ def test_foolbox_on_the_command_line(model, folders, tmp_path):
         attacked = tmp_path / f"attacked-{norm}"
         assert main(["attack", model, "digits", "-o", str(attacked), "--norm", norm, "--attack", names, *options]) == 0
         assert main(["check", str(folders / f"certified-{norm}"), "--against", str(attacked)]) == 0
+
+
+@pytest.mark.skipif(not has_autoattack(), reason="pyautoattack is not installed")
+@pytest.mark.parametrize("norm", NORMS)
+def test_autoattack_is_never_below_the_exact_distance_and_keeps_to_the_range(norm):
+    net, x = linear()
+    x, steps = x[:2], 20
+    exact = exact_distances(net, x, norm)
+    found = certify.falsify(net.float(), x, certify.AutoAttack(norm=norm, steps=steps))
+    assert all(truth < each.distance.value < 1.2 * truth for each, truth in zip(found, exact, strict=True))
+    assert all(each.point.min() >= 0 and each.point.max() <= 1 and each.distance.method == "autoattack" for each in found)
+    assert distances(net, x, certify.AutoAttack(norm=norm, steps=steps)) == [each.distance.value for each in found]  # the seed says it all
+    torch.manual_seed(1)
+    pictures = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()  # three classes, and Square beside the others
+    (near,) = distances(pictures, torch.rand(1, 1, 6, 6), certify.AutoAttack(norm=norm, steps=5))
+    assert 0 < near < math.inf
+    with pytest.raises(CertifyError, match="AutoAttack is for inputs in"):
+        certify.falsify(net, 3 * x, certify.AutoAttack(norm=norm, steps=steps))
+
+
+class Spectrum(nn.Module):
+    """The sizes of the frequencies of a picture: no rule knows them. The first outputs are a norm of the input."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        return self.head(torch.fft.fft2(x).abs().flatten(1))
+
+
+class Moody(Spectrum):
+    def forward(self, x):
+        return super().forward(x) + torch.rand(())
+
+
+class Crowd(Spectrum):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+def test_what_can_only_be_run_is_attacked_too():
+    torch.manual_seed(0)
+    net, x = Spectrum().eval(), torch.rand(3, 1, 4, 4)
+    with pytest.raises(certify.Unsupported):
+        certify.Graph.of(net, (1, 4, 4))
+    for found, image in zip(certify.falsify(net, x, certify.PGD()), x.double(), strict=True):
+        z = net.double()(torch.from_numpy(found.point)[None])
+        assert int(z.argmax()) == found.other != found.prediction == int(net.double()(image[None]).argmax())
+        net.float()
+    for bad, why in ((Moody(), "gives other outputs when it is called again"), (Crowd(), "depends on the other inputs of its batch")):
+        with pytest.raises(CertifyError, match=why):
+            certify.falsify(bad.eval(), x, certify.PGD())
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())

@@ -103,3 +103,24 @@ def test_a_range_is_two_numbers(model: str, tmp_path: pathlib.Path, capsys: pyte
         with pytest.raises(SystemExit):
             main([*command, model, "digits", "-o", str(tmp_path / "a"), "--within", within])
         assert "a range is its smallest and its largest number" in capsys.readouterr().err
+
+
+def test_a_network_that_no_rule_knows_is_attacked_and_smoothed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.head = torch.nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(torch.fft.fft2(x).abs().flatten(1))\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net()\n"
+    )
+    out, spec = tmp_path / "a", f"{tmp_path / 'theirs.py'}:make"
+    command = ["audit", spec, "digits", "-o", str(out), "--input-shape", "1,8,8", "--limit", "2", "--sigma", "0.1", "--levels", "16", "--n", "200"]
+    assert main(command) == Exit.DONE
+    assert {path.name for path in out.iterdir()} == {"attack", "smoothing", "report.html"}
+    assert "margin is left out" in capsys.readouterr().err
+    assert main(["check", str(out / "attack"), "--model", spec]) == Exit.DONE

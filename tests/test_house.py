@@ -60,7 +60,7 @@ def test_imports_point_one_way():
 
 
 def test_heavy_imports_wait_until_they_are_used():
-    heavy = {"cvxpy", "scs", "matplotlib", "jinja2", "sklearn", "PIL", "triton", "onnx", "onnxruntime", "openvino", "foolbox", "auto_LiRPA"}
+    heavy = {"cvxpy", "scs", "matplotlib", "jinja2", "sklearn", "PIL", "triton", "onnx", "onnxruntime", "openvino", "foolbox", "pyautoattack", "auto_LiRPA"}
     homes: dict[str, set[str]] = {}
     for name, path in modules():
         for module in tops(path) & heavy:

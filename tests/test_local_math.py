@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import certify
 import lipnet
-from certify.local import clarke, condense, crown, operators, program, region, relax
+from certify.local import clarke, condense, crown, norms, operators, program, region, relax
 from certify.local.program import Affine, Program, Ref
 from certify.local.region import Region
 from sdp.activation import GELU, RELU, SIGMOID, SILU, TANH, Activation
@@ -282,7 +282,7 @@ def test_exact_jacobians_are_within_the_bounds_where_large_numbers_cancel() -> N
 
 
 def test_without_room_for_rounding_they_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (condense, crown, clarke, region):
+    for module in (condense, crown, clarke, norms, region):
         monkeypatch.setattr(module, "gamma", lambda operations: 0.0)
     assert rational_trials(27) > 10
 
@@ -383,7 +383,7 @@ def test_lines_around_a_slope_times_a_gradient_hold_exactly() -> None:
 
 def test_the_line_above_an_absolute_value_holds_exactly() -> None:
     low, high = intervals(2000, around_zero=False)
-    slope, shift = clarke._absolute(low, high)
+    slope, shift = norms._absolute(low, high)
     lines = relax.Lines(torch.zeros_like(low), torch.zeros_like(low), slope, shift)
     assert sum(beyond(lines, z, lambda point, _: abs(point)) for z in (low, high)) == 0
 

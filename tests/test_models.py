@@ -152,11 +152,12 @@ def test_convolutional_architectures_take_their_sizes_from_the_file(tmp_path):
 
 
 IMAGENET, CIFAR = [0.485, 0.456, 0.406], [0.4914, 0.4822, 0.4465]
+SDP_FO = [0.49137, 0.48235, 0.44667], [0.24706, 0.24353, 0.26157]
 PUBLISHED = {
     "mnist_2_20.pth": ("mlp", None, None, 0.84), "mnist_6_100_nat.pth": ("mlp", None, None, 0.94), "mnist_cnn_a_adv.model": ("cnn_a", None, None, 0.95),
     "mnist_conv_small_nat.pth": ("conv_small", [0.1307], [0.3081], 0.95),
     "cifar_base.pth": ("cnn_a", IMAGENET, [0.225], 0.60), "cifar_wide.pth": ("cnn_a", IMAGENET, [0.225], 0.62),
-    "cifar_cnn_a_adv.model": ("cnn_a", CIFAR, [0.2023, 0.1994, 0.201], 0.69), "cifar_cnn_a_mix.model": ("cnn_a", CIFAR, [0.2023, 0.1994, 0.201], 0.76),
+    "cifar_cnn_a_adv.model": ("cnn_a", *SDP_FO, 0.65), "cifar_cnn_a_mix.model": ("cnn_a", *SDP_FO, 0.75),
     "cifar_conv_small_pgd.pth": ("conv_small", CIFAR, [0.2023, 0.1994, 0.201], 0.62), "cifar_marabou_small.pth": ("conv_small", None, None, 0.62),
     "cifar_conv_small_sigmoid.pth": ("conv_small_sigmoid", CIFAR, [0.2023, 0.1994, 0.201], 0.65),
     "resnet2b.pth": ("resnet2b", CIFAR, [0.2471, 0.2435, 0.2616], 0.69),

@@ -762,7 +762,7 @@ def test_the_slopes_that_are_known():
         if bent.text in check.SLOPES:
             least, most = check.SLOPES[bent.text]
             if isinstance(bent, activation.Smooth):
-                value = activation._SMOOTH[bent.name][0](points)
+                value = activation._SMOOTH[bent.name].value[0](points)
                 seen = np.diff(value) / np.diff(points)
                 assert least - 1e-12 <= seen.min()
                 assert seen.max() <= most + 1e-12

@@ -253,10 +253,10 @@ def test_norms_never_share_a_drawing_or_a_table(tmp_path, capsys):
     sections = [section.split("<figcaption>")[0] for section in page.split('aria-label="Accuracy against radius')[1:]]
     assert [len({colour for colour in "012345" if painted(section, f"c{colour}")}) for section in sections] == [2, 1, 1]
     sections = page.split("<h2>All runs (")
-    assert "r&nbsp;=&nbsp;36/255" in sections[1]
-    assert "r&nbsp;=&nbsp;2/255" not in sections[1]
-    assert "r&nbsp;=&nbsp;2/255" in sections[2]
-    assert "r&nbsp;=&nbsp;36/255" not in sections[2].split("</table>")[0]
+    assert "r = 36/255" in sections[1]
+    assert "r = 2/255" not in sections[1]
+    assert "r = 2/255" in sections[2]
+    assert "r = 36/255" not in sections[2].split("</table>")[0]
     folders = [str(written(tmp_path / run.name, Run("", run.manifest, [{**found, "norm": run.manifest["norm"]} for found in run.rows]))) for run in runs[:2]]
     assert main(["report", *folders]) == 0
     two, inf = capsys.readouterr().out.split("linf norm")[0].rsplit("\nrun ", 1)
@@ -514,3 +514,11 @@ def test_a_browser_draws_the_page_in_light_and_in_dark(page, browse, tmp_path):
         assert len(image.resize((300, 600)).getcolors(180_000)) > 500  # an empty page has one
     assert corners["light"] == (255, 255, 255)
     assert max(corners["dark"]) < 40
+
+
+def test_the_page_begins_with_a_run_that_certifies_something():
+    """A proof of nothing at the radius stands behind a certificate with a probability, and before it where it proves anything there."""
+    chance = {"guarantee": "probabilistic", "failure": 0.001, "method": "Smoothing()", "bound": None}
+    for scale, leads in ((1e-9, "smoothed"), (0.4, "proved")):
+        page = words(html([many("proved", scale=scale), many("smoothed", **chance)], [0.05], "t"))
+        assert f"inputs, {leads} gives the right answer and certifies" in page

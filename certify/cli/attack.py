@@ -20,7 +20,7 @@ EPILOG = """examples:
   certify attack net.safetensors digits -o runs/linf --norm inf --attack pgd,foolbox-fmn
   certify check runs/certified --against runs/attacked"""
 
-NAMES = ("pgd", "foolbox-ddn", "foolbox-pgd", "foolbox-deepfool", "foolbox-fmn")
+NAMES = ("pgd", "foolbox-ddn", "foolbox-pgd", "foolbox-deepfool", "foolbox-fmn", "autoattack")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attack", type=names, default=("pgd",), metavar="NAME,...", help=f"the nearest point that any of them finds: {', '.join(NAMES)} (default pgd)"
     )
     parser.add_argument("--steps", type=int, default=100, metavar="N", help="of each attack (default 100)")
-    parser.add_argument("--restarts", type=int, metavar="N", help="rows that an attack runs side by side (default: 10 for pgd, 1 for those of foolbox)")
+    parser.add_argument("--restarts", type=int, metavar="N", help="rows that an attack runs side by side (default: 10 for pgd, 1 for the others)")
     parser.add_argument("--clip", action="store_true", help="only points in [0, 1]")
     parser.add_argument("--seed", type=int, default=0, help="of random starts")
     add_selection(parser)
@@ -63,11 +63,11 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     from certify.attack import row
     from certify.bound import assumed
     from certify.errors import CertifyError
-    from certify.graph import Graph
+    from certify.opaque import runnable
 
     attacks = [_made(name, args) for name in args.attack]
     model = load_model(args)
-    dataset, graph = data.load(args.data, model.shape), Graph.of(model.net, model.shape)
+    dataset, graph = data.load(args.data, model.shape), runnable(model.net, model.shape)
     selection = selection_of(args, len(dataset))
     if args.clip and model.input_range not in (None, (0.0, 1.0)):
         raise CertifyError(f"{args.model}: the model takes inputs in {list(model.input_range)}, and --clip keeps points in [0, 1]; leave out --clip")
@@ -87,9 +87,12 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
 
 def _made(name: str, args: argparse.Namespace) -> Attack:
     from certify.attack import PGD, Foolbox
+    from certify.autoattack import AutoAttack
 
     library, _, attack = name.rpartition("-")
     norm, restarts = float(args.norm), {} if args.restarts is None else {"restarts": args.restarts}
     if library:
         return Foolbox(attack, norm=norm, steps=args.steps, seed=args.seed, clip=args.clip, **restarts)
+    if name == "autoattack":
+        return AutoAttack(norm=norm, steps=args.steps, seed=args.seed, clip=args.clip, **restarts)
     return PGD(norm=norm, steps=args.steps, seed=args.seed, clip=args.clip, **restarts)

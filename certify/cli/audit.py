@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from certify.cli.arguments import add_json, add_model, add_opening, add_radii, add_selection, load_model, span
+from certify.cli.lipschitz import QUICK
 
 HELP = "Certify and attack a model by all methods that apply, within a budget of time, and write one report."
 EPILOG = """examples:
@@ -19,7 +20,6 @@ EPILOG = """examples:
   certify audit mnist_cnn_a_adv.model mnist:data/mnist --arch cnn_a -o runs/cnn_a --norm inf --within 0,1 --budget 20m
   certify audit efficientnet-lite0 folder:pictures -o runs/lite0 --sigma 0.12 --n 1000"""
 
-_LARGEST = 400  # signals of a matrix inequality, of which there is one for each pair of outputs
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _left_out(name: str, args: argparse.Namespace, seen: Mapping[str, Mapping[str, Any]]) -> str:
     """Why a method is not run; nothing where it is."""
-    verdict = seen["margin" if name == "attack" else name]
+    verdict = seen[name] if name != "attack" else seen["margin"] if seen["margin"]["applies"] else seen["smoothing"]  # whatever can be run can be attacked
     if name in args.skip:
         return "as --skip asks"
     if name == "smoothing" and args.sigma is None:
@@ -121,10 +121,10 @@ def _left_out(name: str, args: argparse.Namespace, seen: Mapping[str, Mapping[st
     if not verdict["applies"]:
         problems = verdict["problems"]
         return problems[0] + (f" (and {len(problems) - 1} more: certify inspect names them)" if len(problems) > 1 else "")
-    if name == "lipsdp" and (verdict["signals"] or math.inf) > _LARGEST:
+    if name == "lipsdp" and (verdict["signals"] or math.inf) > QUICK:
         size = "more signals than are looked at" if verdict["signals"] is None else f"{verdict['signals']:,} signals"
-        return f"its matrix inequality has {size}, and an audit solves up to {_LARGEST}; certify run --bound lipsdp takes the time it needs"
-    whole = "lipsdp" not in args.skip and (seen["lipsdp"].get("signals") or math.inf) <= _LARGEST
+        return f"its matrix inequality has {size}, and an audit solves up to {QUICK}; certify run --bound lipsdp takes the time it needs"
+    whole = "lipsdp" not in args.skip and (seen["lipsdp"].get("signals") or math.inf) <= QUICK
     return "lipsdp applies, and is tighter" if name == "frequency" and whole else ""
 
 

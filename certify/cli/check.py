@@ -209,11 +209,11 @@ def _attacks(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mod
     """Each attack by its point: the class that the network gives it, and its distance."""
     from certify.attack import contradictions
     from certify.errors import CertifyError
-    from certify.graph import Graph
+    from certify.opaque import runnable
 
     if manifest["norm"] not in ("2", "inf") or not isinstance(lookup(manifest, "attack", "clip"), bool):
         raise CertifyError("the manifest of an attack has the norm 2 or inf, and says whether points were clipped; make the folder again with certify attack")
-    graph, selected, wrong = Graph.of(model.net, model.shape), set(manifest["selection"]), []
+    graph, selected, wrong = runnable(model.net, model.shape), set(manifest["selection"]), []
     for row in rows:
         if row["index"] not in selected or not 0 <= row["index"] < len(dataset):
             wrong.append(f"input {row['index']} is not among those that were selected")

@@ -94,7 +94,12 @@ def duration_text(seconds: float) -> str:
 
 def certifiers(model: Model) -> dict[str, Any]:
     """By method: whether it applies, every node that stands in its way, and what it would cost."""
-    return {**_of_graph(model)[2], "smoothing": _smoothing(model)}
+    return {**verdicts_of_graph(model), "smoothing": _smoothing(model)}
+
+
+def verdicts_of_graph(model: Model) -> dict[str, Any]:
+    """The same, of the certifiers that look at the structure."""
+    return _of_graph(model)[2]
 
 
 def _about(model: Model) -> dict[str, Any]:

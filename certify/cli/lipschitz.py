@@ -24,16 +24,19 @@ EPILOG = """examples:
   certify lipschitz cnn.safetensors --method local --norm inf --around digits --index 3 --radius 2/255"""
 
 
+QUICK = 400  # signals of a matrix inequality
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, the method and what to print."""
     add_model(parser)
     parser.add_argument(
         "--method",
-        choices=["layerwise", "lipsdp", "frequency", "local"],
+        choices=["layerwise", "lipsdp", "frequency", "local", "auto"],
         default="layerwise",
         help="layerwise: products along chains, sums over branches; lipsdp: a semidefinite program over the whole network, never looser; "
         "frequency: the same for convolutional chains, one program for all frequencies, at sizes that lipsdp cannot hold (docs/lipsdp.md); "
-        "local: of all Jacobians around one input (docs/local.md)",
+        "local: of all Jacobians around one input (docs/local.md); auto: local with --around, else lipsdp where it is quick, else layerwise",
     )
     add_lipsdp(parser.add_argument_group("with --method lipsdp"))
     parser.add_argument("--save-proof", type=pathlib.Path, metavar="FILE", help="with --method lipsdp: write what sdp/check.py needs to check the number alone")
@@ -42,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     around.add_argument("--index", type=int, default=0, metavar="I", help="which input (default 0)")
     around.add_argument(
         "--how",
-        choices=["auto", "crown", "sdp", "complete"],
+        choices=["auto", "crown", "sdp", "complete", "interval"],
         default="auto",
-        help="local: bounds row by row (crown); from l2, by LipSDP among the gates that are undecided there (sdp; auto, where they are few); or by branch and "
-        "bound until an example meets them (complete, up to --seconds, at most 60)",
+        help="local: bounds row by row (crown); from l2, by LipSDP among the gates that are undecided there (sdp); by branch and bound until an example meets "
+        "them (complete, up to --seconds, at most 60); by intervals, however many gates are undecided (interval); or as their count says (auto)",
     )
     around.add_argument("--radius", type=radius, metavar="R", help="of the ball, in the norm of --norm")
     parser.add_argument("--layers", action="store_true", help="print the bound of each layer too")
@@ -54,10 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the bound, rounded up, with what it assumes."""
-    from certify.cli.console import out, print_json
+    from certify.cli.console import note, out, print_json
     from certify.text import up_text
 
     model = load_model(args)
+    if args.method == "auto":
+        args.method, why = _picked(args, model)
+        note(f"auto takes {args.method}: {why}")
     domain, where = _domain(args, model)
     bound = _bound(args, model, domain)
     proved = None if args.save_proof is None else _save(args, model, bound)
@@ -82,6 +88,24 @@ def run(args: argparse.Namespace) -> int:
     for assumption in sorted(bound.assumptions, key=lambda a: a.name):
         console.print(f"  assumes {assumption.name}: {assumption.value}", soft_wrap=True)
     return 0
+
+
+def _picked(args: argparse.Namespace, model: Model) -> tuple[str, str]:
+    """The method that `auto` stands for, and why."""
+    from certify.cli.inspect import verdicts_of_graph
+
+    seen = verdicts_of_graph(model)
+    signals = seen["lipsdp"].get("signals")
+    small = seen["lipsdp"]["applies"] and signals is not None and signals <= QUICK
+    if args.around is not None:
+        if seen["local"]["applies"]:
+            return "local", "it is around one input, and the count of gates that are undecided there says how"
+        return "lipsdp", f"it is around one input, and local does not apply ({seen['local']['problems'][0]})"
+    if small:
+        return "lipsdp", f"its matrix inequality has {signals:,} signals, and up to {QUICK} are quick"
+    if not seen["lipsdp"]["applies"]:
+        return "layerwise", f"lipsdp does not apply ({seen['lipsdp']['problems'][0]})"
+    return "layerwise", f"the matrix inequality of lipsdp has {'too many' if signals is None else format(signals, ',')} signals, and up to {QUICK} are quick"
 
 
 def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
@@ -160,7 +184,8 @@ def _local_text(bound: Bound) -> str:
     from certify.text import down_text, up_text
 
     about = bound.evidence
-    ways = {"crown": "row by row", "sdp": "by LipSDP among the undecided gates", "complete": f"by branch and bound, {about.get('nodes')} nodes"}
+    ways = {"crown": "row by row", "sdp": "by LipSDP among the undecided gates", "interval": "by intervals"}
+    ways["complete"] = f"by branch and bound{', and all outputs together by LipSDP' * (bound.norm[0] == 2)}, {about.get('nodes')} nodes"
     parts = [f"all Jacobians there, {ways[about['how']]}", f"{about['undecided']} of {about['gates']} gates undecided"]
     if "lower" in about:
         parts.append(f"one output reaches {down_text(about['lower'])}{'' if about['done'] else ', the search is not done'}")

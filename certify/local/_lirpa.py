@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from certify.bound import Ball, Box, Domain
 from certify.errors import CertifyError
 from certify.local.directed import downward, upward
+from certify.local.entries import Entries
 from certify.local.program import Gate, Program
 from certify.local.region import Region
 from sdp.activation import RELU
@@ -33,28 +34,6 @@ INSTALL = (
 )
 _ROOM = 1e-9  # of the largest entry: by how much its float64 is trusted, and what it returns is widened
 _SAMPLES = 16
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Propagated:
-    """`low <= J <= high` for every Jacobian on a region, row by row, and at least the l1 norm of each row; the rounding inside auto_LiRPA is not known."""
-
-    low: Tensor  # (rows, inputs)
-    high: Tensor
-    sums: Tensor  # (rows,)
-
-    @property
-    def range(self) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest entries."""
-        return self.low, self.high
-
-    def row_norms(self, q: float) -> Tensor:  # (rows,)
-        """At least the l_q norm of each row."""
-        largest = torch.maximum(self.low.abs(), self.high.abs())
-        if q == math.inf:
-            return largest.amax(1)
-        whole = torch.linalg.vector_norm(largest, ord=q, dim=1) * (1 + 2 * gamma(largest.shape[1] + 8)) + 2.0**-500
-        return torch.minimum(whole, self.sums)  # no norm of a row is above its l1 norm
 
 
 class Gated(nn.Module):
@@ -87,7 +66,7 @@ class _Jacobian(nn.Module):
         return found if self.norm is None else self.norm(found)
 
 
-def bound_jacobian(program: Program, net: nn.Module, domain: Domain, rows: Tensor, limit: int = 2**27) -> Propagated:
+def bound_jacobian(program: Program, net: nn.Module, domain: Domain, rows: Tensor, limit: int = 2**27) -> Entries:
     """Bounds of all gradients of `rows @ net` on a Box, or a Ball in l-infinity, that hold at its center and at some points of it as autograd sees them.
 
     Raises CertifyError where they do not, where auto_LiRPA is missing or fails, and for dense maps of more numbers than `limit`.
@@ -103,7 +82,7 @@ def bound_jacobian(program: Program, net: nn.Module, domain: Domain, rows: Tenso
     for row, jacobians in zip(rows, seen.unbind(1), strict=True):
         found.append(_checked(row_of(sums, row), region, points[:1], jacobians))
     low, high, total = (torch.stack(parts) for parts in zip(*found, strict=True))
-    return Propagated(low, high, total)
+    return Entries(low, high, total)
 
 
 def dense(program: Program, limit: int) -> list[dict[int, tuple[Tensor, Tensor]]]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from certify.local.condense import Condensed
+from certify.local.norms import Bounded
 from certify.local.relax import Lines, of_product
 from sdp.proof import gamma
 
@@ -53,10 +54,9 @@ class _Gates:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Jacobian:
+class Jacobian(Bounded):
     """`low <= J <= high` for every Clarke Jacobian J on the region, row by row of `rows @ network`; and more by linear forms."""
 
-    condensed: Condensed
     gates: tuple[_Gates, ...]  # from the first layer to the last
 
     @functools.cached_property
@@ -74,22 +74,6 @@ class Jacobian:
             reach = reach + layer.peak @ layer.inputs.abs()
         return reach
 
-    def row_norms(self, q: float) -> Tensor:  # (rows,)
-        """At least the l_q norm of each row: the Lipschitz constant of that output from the l_p norm with 1/p + 1/q = 1."""
-        low, high = self.range
-        largest = torch.maximum(low.abs(), high.abs())
-        inputs = low.shape[1]
-        room = 1 + 2 * gamma(inputs + 8)
-        if q == torch.inf:
-            return largest.amax(1) if inputs else largest.sum(1)
-        if q == 1:
-            slope, shift = _absolute(low, high)
-            total = self.weighted(slope) + shift.sum(1) * room
-            return torch.minimum(total, largest.sum(1) * room)
-        total = self.weighted(low + high) + _constant_of_squares(low, high)
-        entries = (largest * largest).sum(1)
-        return torch.sqrt(torch.minimum(total, entries).clamp(min=0)) * room + 2.0**-500
-
     def weighted(self, weights: Tensor) -> Tensor:  # (rows, inputs) -> (rows,)
         """At least `sum_j weights_j J_j` for each row."""
         condensed = self.condensed
@@ -97,8 +81,12 @@ class Jacobian:
         total = (weights * condensed.inputs).sum(1)
         if forms:
             total = _upper_bounds(self.gates, torch.cat(forms, dim=1)[:, None], total[:, None])[:, 0]
-        terms = 2 * gamma(weights.shape[1] + condensed.undecided + 8) + sum(layer.room for layer in self.gates[:1])
-        return total + (weights.abs() * (condensed.slack_inputs + terms * self.reach)).sum(1) * (1 + terms) + 2.0**-500
+        return total + self.rounding(weights)
+
+    def rounding(self, weights: Tensor) -> Tensor:  # (rows, inputs) -> (rows,)
+        """What the rounding of the gradients to the inputs, and of their sum, can add to a bound of `sum_j weights_j J_j`."""
+        terms = 2 * gamma(weights.shape[1] + self.condensed.undecided + 8) + sum(layer.room for layer in self.gates[:1])
+        return (weights.abs() * (self.condensed.slack_inputs + terms * self.reach)).sum(1) * (1 + terms) + 2.0**-500
 
 
 def bound_jacobian(condensed: Condensed) -> Jacobian:
@@ -188,17 +176,3 @@ def _upper_bounds(
         if forms.shape[-1]:
             forms.flatten(0, 1).addmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]).flatten(0, 1), layer.later)
     return total
-
-
-def _absolute(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and shift of the line above `|t|` on `[low, high]`."""
-    width = (high - low).clamp(min=2.0**-1000)
-    slope = torch.where(low >= 0, 1.0, torch.where(high <= 0, -1.0, ((high.abs() - low.abs()) / width).clamp(-1.0, 1.0)))
-    shift = torch.maximum(low.abs() - slope * low, high.abs() - slope * high)
-    return slope, torch.where((low >= 0) | (high <= 0), 0.0, shift + 2.0**-48 * torch.maximum(low.abs(), high.abs()))
-
-
-def _constant_of_squares(low: Tensor, high: Tensor) -> Tensor:
-    """`sum_j t_j^2 <= sum_j (low + high) t_j - low high`: at least the sum of the last terms, with the rounding of the first factors."""
-    largest = torch.maximum(low.abs(), high.abs())
-    return (-low * high).sum(1) + 2 * gamma(low.shape[1] + 16) * (largest * largest).sum(1)

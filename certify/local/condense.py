@@ -25,6 +25,7 @@ from certify.local.directed import downward, upward
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
 from certify.local.relax import Lines, of_gate
+from certify.local.sdpcrown import Ellipsoid
 from sdp.activation import RELU
 from sdp.proof import gamma
 
@@ -49,6 +50,7 @@ class Layer:
     size: Tensor  # (n,) at least |center| + |G| |d| + |M| |p|
     low: Tensor  # (n,) bounds of z on the region
     high: Tensor
+    ellipsoid: Ellipsoid | None = None  # where all z are together on the region
 
     @property
     def count(self) -> int:
@@ -123,6 +125,10 @@ class Condensed:
         return to_inputs
 
 
+class TooManyGates(CertifyError):
+    """A region leaves more gates undecided than can be kept, or than were allowed."""
+
+
 @torch.no_grad()
 def condense(
     program: Program,
@@ -132,15 +138,17 @@ def condense(
     limit: int = 2**31,
     until: float = math.inf,
     steps: int = 0,
+    most: float = math.inf,
 ) -> Condensed:
     """The program on a region, seen from some rows of its output; with `steps` of `certify.local.alpha`, ranges of gates are smaller.
 
-    Raises CertifyError where more numbers than `limit` would be needed, or float64 has no room, and TimeoutError at a time of time.monotonic.
+    Raises TooManyGates where more numbers than `limit` would be needed or more gates than `most` are undecided, CertifyError where float64 has no room, and
+    TimeoutError at a time of time.monotonic.
     """
     _check_scale(program, region, rows)
     if len(rows) * len(region.center) > limit:
         raise CertifyError(f"{len(rows):,} rows of {len(region.center):,} inputs need more memory than allowed; ask for fewer rows, such as with pairs=False")
-    return _Sweep(program, region, limit, until, steps).run(rows)
+    return _Sweep(program, region, limit, until, steps, most).run(rows)
 
 
 def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
@@ -160,6 +168,20 @@ def output_range(program: Program, region: Region) -> tuple[Tensor, Tensor]:  # 
     sweep = _Sweep(program, region)
     output = program.follow(sweep.start(), sweep.affine, _bent)
     return output.low.flatten(), output.high.flatten()
+
+
+@torch.no_grad()
+def gate_ranges(program: Program, region: Region, rows: Tensor) -> list[tuple[Gate, Tensor, Tensor]]:
+    """Each gate and bounds of its inputs on a region, by intervals."""
+    _check_scale(program, region, rows)
+    sweep, found = _Sweep(program, region), []
+
+    def bent(gate: Gate, signal: _Signal) -> _Signal:
+        found.append((gate, signal.low.flatten(), signal.high.flatten()))
+        return _bent(gate, signal)
+
+    program.follow(sweep.start(), sweep.affine, bent)
+    return found
 
 
 def _bent(gate: Gate, signal: _Signal) -> _Signal:
@@ -191,9 +213,10 @@ class _Bend:
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
-    def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0) -> None:
-        self.program, self.region, self.limit, self.until, self.steps = program, region, limit, until, steps
+    def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0, most: float = math.inf) -> None:
+        self.program, self.region, self.limit, self.until, self.steps, self.most = program, region, limit, until, steps, most
         self.layers: list[Layer] = []
+        self.apart: list[Layer] = []  # the same without ellipsoids: what gates one by one decide needs no more
         self.gates = 0  # that are cut
         self.bends: dict[Gate, _Bend] = {}
         self.products = 1
@@ -246,13 +269,17 @@ class _Sweep:
         value = signal.value.flatten() * slope + intercept
         cut, first = torch.zeros(0, dtype=torch.long), self.gates
         if layer is not None and layer.count:
+            layer = dataclasses.replace(layer, ellipsoid=Ellipsoid.of(self.layers, layer, self.region))
+            self.apart.append(layer if layer.ellipsoid is None else dataclasses.replace(layer, ellipsoid=None))
             self.layers.append(layer)
             self.gates += layer.count
             cut = layer.index
             value[cut] = 0.0
             size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
             if self.gates * (self.program.inputs + self.gates) > self.limit:
-                raise CertifyError(f"{self.gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
+                raise TooManyGates(f"{self.gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
+            if self.gates > self.most:
+                raise TooManyGates(f"{self.gates:,} gates are undecided on this region, and {self.most:,} at most were asked for; take a smaller region")
         self.bends[gate] = _Bend(slope.index_fill(0, cut, 0.0), torch.maximum(least.abs(), most.abs()), cut, slice(first, self.gates))
         shape = signal.value.shape
         return _Signal(value.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
@@ -263,8 +290,8 @@ class _Sweep:
         inputs, earlier = self.gradients(gate.input, torch.zeros(len(index), len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
         slack = 2 * gamma(self.products) * size + _TINY
         layer = Layer(gate, index, center, slack, inputs, earlier, size, low[index], high[index])
-        layer = self.narrowed(layer, functools.partial(upper_bounds, self.layers, self.region), low, high)
-        if self.steps and self.layers:
+        layer = self.narrowed(layer, functools.partial(upper_bounds, self.apart, self.region), low, high)
+        if self.layers and layer.count and (self.steps or self.layers[-1].ellipsoid is not None):
             layer = self.narrowed(layer, functools.partial(tightened, self.layers, self.region, steps=self.steps), low, high)
         return layer
 
@@ -277,6 +304,8 @@ class _Sweep:
         high[layer.index] = upper
         shut = (upper <= 0) & (layer.gate.activation == RELU)
         layer = _part(dataclasses.replace(layer, high=upper), torch.nonzero(~shut).flatten())
+        if not layer.count:
+            return layer
         lower = torch.fmax(layer.low, downward(-bound(-layer.center, -layer.inputs, -layer.earlier) - layer.slack))
         low[layer.index] = lower
         return _part(dataclasses.replace(layer, low=lower), torch.nonzero(_undecided(layer.gate, lower, layer.high)).flatten())

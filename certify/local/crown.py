@@ -10,6 +10,7 @@ from torch import Tensor
 
 from certify.local.region import Region
 from certify.local.relax import Lines
+from certify.local.sdpcrown import Ellipsoid
 from sdp.proof import gamma
 
 
@@ -29,7 +30,13 @@ class Relaxed(Protocol):
     @property
     def peak(self) -> Tensor: ...
     @property
+    def low(self) -> Tensor: ...
+    @property
+    def high(self) -> Tensor: ...
+    @property
     def lines(self) -> Lines: ...
+    @property
+    def ellipsoid(self) -> Ellipsoid | None: ...
     @property
     def through_zero(self) -> bool:
         """Whether `slope z` is below p for every slope between 0 and 1."""
@@ -66,7 +73,11 @@ def linear_upper_bounds(
         lines = layer.lines
         low_slope = slopes[..., start:stop].clamp(0.0, 1.0) if slopes is not None and layer.through_zero else lines.low_slope
         weight = above * lines.high_slope + below * low_slope
-        constant = constant + (above * lines.high_shift).sum(-1) + (below * lines.low_shift).sum(-1) + weight @ layer.center + weight.abs() @ layer.slack
+        shift = (above * lines.high_shift).sum(-1) + (below * lines.low_shift).sum(-1)
+        if layer.ellipsoid is not None:
+            shift = torch.fmin(shift, layer.ellipsoid.intercepts(layer.low, layer.high, c[..., start:stop], weight))
+            size = size + shift.abs()
+        constant = constant + shift + weight @ layer.center + weight.abs() @ layer.slack
         size = size + (gates[..., start:stop].abs() * layer.peak).sum(-1) + weight.abs() @ layer.size
         size = size + (above * lines.high_shift.abs() - below * lines.low_shift.abs()).sum(-1)
         g, c = _plus(g, weight, layer.inputs), _plus(c[..., :start], weight, layer.earlier)

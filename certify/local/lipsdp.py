@@ -27,7 +27,7 @@ _TINY = 2.0**-500
 _CLOSE = 1 + 2.0**-22
 _ROUGH = 1e-4  # tolerance of the programs of single rows
 _EFFORT = 45 * 100**3  # programs, times the third power of their gates: what single rows may cost
-_ROOMS = (0.0, *(10.0**power for power in range(-9, -1)))  # for the errors: by how much the multipliers grow from each gate to those that lead to it
+_ROOMS = (0.0, *(10.0 ** (half / 2) for half in range(-20, -3)))  # for the errors: by how much the multipliers grow from each gate to those that lead to it
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -16,22 +16,26 @@ from certify.bound import Array, Assumption, Ball, Bound, Domain, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
 from certify.local import _lirpa
-from certify.local._lirpa import Propagated
 from certify.local.bab import search
-from certify.local.clarke import Jacobian, bound_jacobian
-from certify.local.condense import Condensed, condense
-from certify.local.lipsdp import refined
+from certify.local.condense import Condensed, TooManyGates, condense
+from certify.local.coupled import bound_jacobian
+from certify.local.entries import Entries, by_intervals
+from certify.local.lipsdp import refined, spectral_bound
+from certify.local.norms import Bounded
 from certify.local.program import Program
 from certify.local.region import Region
 from certify.methods import Layerwise, LipschitzMethod
 from certify.rounding import multiply_up, up
 from certify.spectral import largest_singular_value
+from sdp.activation import RELU
 from sdp.proof import gamma
 
 _programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary()
 _ASSUMED = {"own": frozenset({Assumption.FLOAT64_LINALG}), "auto_lirpa": frozenset({Assumption.FLOAT64_LINALG, Assumption.FOREIGN_ROUNDING})}
-_HOW = ("auto", "crown", "sdp", "complete")
-_FEW = 200  # undecided gates, for which LipSDP takes about a second
+_HOW = ("auto", "crown", "sdp", "complete", "interval")
+_VERY_FEW = 25  # undecided gates, among which branch and bound comes to its end in seconds
+_FEW = 200  # for which LipSDP takes about a second
+_MANY = 5000  # beyond which forms among them take hours
 DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
 
 
@@ -45,11 +49,11 @@ class Local(LipschitzMethod):
     is known. `alpha_steps` are spent on lines below the gates of ReLU that decide more of them (alpha-CROWN, Xu et al. 2021). `memory`, in GiB, is for what is
     kept of the undecided gates. Raises CertifyError where that is not enough.
 
-    `how="crown"` bounds row by row; "sdp", from l2, by LipSDP among the undecided gates too, which is smaller, and takes seconds from 300 of them on; "auto" is
-    "sdp" from l2 where at most 200 gates are undecided, and "crown" otherwise; the evidence says which.
-
+    `how="crown"` bounds row by row; "sdp", from l2, by LipSDP among the undecided gates too, which is smaller, and takes seconds from 300 of them on.
     `how="complete"`, for gates of two linear pieces, decides them one by one (branch and bound) until the constant of each output meets an example, or
-    `seconds` are over; the evidence says how many nodes that took, the largest example, an estimate from below, and whether they meet.
+    `seconds` are over; the evidence says how many nodes that took, the largest example, an estimate from below, and whether they meet. `how="interval"` asks
+    nothing of the gates but their ranges: loose, and at the cost of a few gradients. "auto" goes by the count of undecided gates: up to 25 "complete" (with
+    "sdp" from l2), up to 200 "sdp" from l2, up to 5000 "crown", and beyond, or where the memory is too small, "interval"; the evidence says which.
 
     `backend="auto_lirpa"` takes the bounds of auto_LiRPA (CROWN, row by row) on a Box or a Ball in l-infinity, where it is installed, for a second opinion:
     FOREIGN_ROUNDING is among its assumptions.
@@ -92,39 +96,58 @@ class Local(LipschitzMethod):
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
         limit = limit_of(self.memory)
         if self.backend == "own":
-            value, of_rows, evidence = self._own(condense(program, region, rows, limit=limit, steps=self.alpha_steps), program.outputs, norm)
+            value, of_rows, evidence = self._own(program, region, rows, norm)
         else:
             foreign = _lirpa.bound_jacobian(program, graph.double, domain, rows, limit)
             of_rows, evidence = foreign.row_norms(DUAL[norm]), {"how": "auto_LiRPA"}
             value = _of_network(foreign, of_rows, program.outputs, norm)
-        layers = _layerwise(graph) if norm == 2 else None
-        used = value if layers is None else min(value, layers.value)
+        layers = _layerwise(graph)
+        everywhere = math.inf if layers is None else multiply_up(up(math.sqrt(len(region.center))), layers.value) if norm == math.inf else layers.value
+        used = min(value, everywhere)
         return Bound(
             value=used,
             method=repr(self),
             norm=(norm, math.inf if norm == math.inf else 2),
             domain=domain,
             assumptions=_ASSUMED[self.backend] | (frozenset() if layers is None else layers.assumptions),
-            evidence={**evidence, "layerwise": None if layers is None else layers.value},
-            parts=layers.parts if layers is not None and used < value else (),
+            evidence={**evidence, "layerwise": None if layers is None else everywhere},
+            parts=layers.parts if layers is not None and used < value and norm != math.inf else (),
             pairs=_pairs(used, of_rows[program.outputs :].numpy(), differences, program.outputs, norm),
         )
 
-    def _own(self, condensed: Condensed, outputs: int, norm: float) -> tuple[float, Tensor, dict[str, Any]]:
+    def _own(self, program: Program, region: Region, rows: Tensor, norm: float) -> tuple[float, Tensor, dict[str, Any]]:
         """Of the network, of each row, and what is to be known of them."""
+        limit, most = limit_of(self.memory), _MANY if self.how == "auto" else math.inf
+        try:
+            condensed = None if self.how == "interval" else condense(program, region, rows, limit=limit, steps=self.alpha_steps, most=most)
+        except TooManyGates:
+            if self.how != "auto":
+                raise
+            condensed = None
+        if condensed is not None:
+            return self._among(condensed, program.outputs, norm)
+        entries, gates, undecided = by_intervals(program, region, rows)
+        of_rows = entries.row_norms(DUAL[norm])
+        return _of_network(entries, of_rows, program.outputs, norm), of_rows, {"gates": gates, "undecided": undecided, "how": "interval"}
+
+    def _among(self, condensed: Condensed, outputs: int, norm: float) -> tuple[float, Tensor, dict[str, Any]]:
+        """Among the undecided gates."""
         jacobian = bound_jacobian(condensed)
         of_rows = jacobian.row_norms(DUAL[norm])
-        how = self.how
+        few, how = norm == 2 and condensed.undecided <= _FEW, self.how
         if how == "auto":
-            how = "sdp" if norm == 2 and condensed.undecided <= _FEW else "crown"
+            bent_once = all(layer.gate.activation == RELU for layer in condensed.layers)
+            how = "complete" if bent_once and condensed.undecided <= _VERY_FEW else "sdp" if few else "crown"
         evidence: dict[str, Any] = {"gates": condensed.total, "undecided": condensed.undecided, "how": how}
         if how == "complete":
-            found = search(condensed, DUAL[norm], seconds=self.seconds)
+            found = search(jacobian.condensed, DUAL[norm], seconds=self.seconds)
             of_rows = torch.minimum(of_rows, found.upper)
             evidence |= {"nodes": found.nodes, "lower": float(found.lower[:outputs].max()), "done": found.done}
         value = _of_network(jacobian, of_rows, outputs, norm)
         if how == "sdp":
-            value, of_rows = refined(condensed, value, of_rows, outputs)
+            value, of_rows = refined(jacobian.condensed, value, of_rows, outputs)
+        elif how == "complete" and few:
+            value = min(value, spectral_bound(jacobian.condensed, slice(outputs)).bound)
         return value, of_rows, evidence
 
 
@@ -147,7 +170,7 @@ def spectral_norm(low: Tensor, high: Tensor) -> float:
     return up(largest_singular_value(middle) + largest_singular_value(reach))
 
 
-def _of_network(jacobian: Jacobian | Propagated, of_rows: Tensor, outputs: int, norm: float) -> float:
+def _of_network(jacobian: Bounded | Entries, of_rows: Tensor, outputs: int, norm: float) -> float:
     """The constant of all outputs together."""
     of_rows = of_rows[:outputs]
     if norm == math.inf:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from certify.bound import Array, Assumption, Ball, Box, Domain
 from certify.errors import CertifyError
 from certify.graph import Graph
-from certify.local.clarke import bound_jacobian
 from certify.local.condense import condense
+from certify.local.coupled import bound_jacobian
 from certify.local.method import limit_of, program_of
 from certify.local.program import Program
 from certify.local.region import Region

@@ -15,7 +15,7 @@ from torch import Tensor
 from certify.bound import Array, Assumption, Ball, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
-from certify.local.clarke import bound_jacobian
+from certify.local import clarke, coupled
 from certify.local.condense import Condensed, condense, output_range
 from certify.local.crown import upper_bounds
 from certify.local.decide import lowest
@@ -210,10 +210,11 @@ class _Walk:
         """At most the smallest margin to each other class in the closed ball, and at least its Lipschitz constant there."""
         seconds = (self.end - time.monotonic()) / 3
         condensed = self.condensed(radius)
-        work = len(self.rows) * condensed.undecided**2 * (condensed.undecided / 3 + 2 * len(self.x))
         below = -upper_bounds(condensed.layers, condensed.region, -condensed.center, -condensed.inputs, -condensed.gates) - condensed.slack
-        slopes = bound_jacobian(condensed).row_norms(DUAL[self.method.norm]) if work < min(_WORK, _RATE * seconds) else torch.full_like(below, math.inf)
-        return downward(below), slopes
+        for products, bound in zip(coupled.products(condensed), (coupled.bound_jacobian, clarke.bound_jacobian), strict=True):
+            if products < min(_WORK, _RATE * seconds):
+                return downward(below), bound(condensed).row_norms(DUAL[self.method.norm])
+        return downward(below), torch.full_like(below, math.inf)
 
 
 def _numbers(within: Sequence[object]) -> bool:

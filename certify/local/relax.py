@@ -1,8 +1,9 @@
-"""Lines above and below a scalar gate on an interval, and above and below a gradient times a slope that is only known to lie between two numbers."""
+"""Lines above and below a scalar gate on an interval, and above and below a gradient times a slope that is only known to lie between two numbers, or lines."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from sdp.activation import RELU, Activation
 _ROOM = 2.0**-48  # relative, for the few roundings of an intercept
 _TINY = 2.0**-1000
 _PIECES = 16  # of an interval, on each of which the slopes of a smooth activation are bounded
+_Range = Callable[[Array, Array], tuple[Array, Array]]  # on intervals
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,11 +28,28 @@ class Lines:
     high_shift: Tensor
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Planes:
+    """`low_slope e + low_input z + low_shift <= value <= high_slope e + high_input z + high_shift`, entry by entry; valid as they are stored."""
+
+    low_slope: Tensor
+    low_input: Tensor
+    low_shift: Tensor
+    high_slope: Tensor
+    high_input: Tensor
+    high_shift: Tensor
+
+
 def of_gate(activation: Activation, low: Tensor, high: Tensor, slope: Tensor | None = None) -> Lines:
     """Around `activation(z)` for z in `[low, high]`. `slope` is that of the line below an undecided ReLU; without it, the one that leaves the smaller area."""
     if activation == RELU:
         return _of_relu(low, high, slope)
-    return _of_any(activation, low, high)
+    return _of_any(activation.image, activation.slopes, low, high)
+
+
+def of_slope(activation: Activation, low: Tensor, high: Tensor) -> Lines:
+    """Around the slope of a smooth activation at z in `[low, high]`."""
+    return _of_any(activation.slopes, activation.curvatures, low, high)
 
 
 def _of_relu(low: Tensor, high: Tensor, slope: Tensor | None) -> Lines:
@@ -44,18 +63,18 @@ def _of_relu(low: Tensor, high: Tensor, slope: Tensor | None) -> Lines:
     return Lines(below, torch.zeros_like(low), chord, shift)
 
 
-def _of_any(activation: Activation, low: Tensor, high: Tensor) -> Lines:
-    """Parallel lines at the slope of the chord, or at the middle of the slopes in the middle: whichever is nearer there."""
+def _of_any(image: _Range, slopes_on: _Range, low: Tensor, high: Tensor) -> Lines:
+    """By the values and the slopes of a function: parallel lines at the slope of the chord, or at that in the middle, whichever is nearer there."""
     least, most = (end.numpy() for end in (low, high))
     edges = np.linspace(least, most, _PIECES + 1)
     edges[0], edges[-1] = least, most
     start, stop = np.minimum(edges[:-1], edges[1:]), np.maximum(edges[:-1], edges[1:])
-    under, over = activation.image(edges, edges)
-    slopes = activation.slopes(start, stop)
+    under, over = image(edges, edges)
+    slopes = slopes_on(start, stop)
     middle = edges[_PIECES // 2]
     chord = (over[-1] - over[0]) / np.maximum(most - least, 1e-300)
     chord = np.clip(chord, slopes[0].min(axis=0), slopes[1].max(axis=0))
-    tangent = np.add(*activation.slopes(middle, middle)) / 2
+    tangent = np.add(*slopes_on(middle, middle)) / 2
     above, below = [], []
     for slope in (chord, tangent):
         above.append(_largest(over, slopes, edges, slope))
@@ -114,3 +133,35 @@ def of_product(
         torch.where(exact, least, high_slope),
         torch.where(exact, zero, high_shift),
     )
+
+
+def flat(lines: Lines) -> Planes:
+    """The same, whatever z is."""
+    zero = torch.zeros_like(lines.low_slope)
+    return Planes(lines.low_slope, zero, lines.low_shift, lines.high_slope, zero, lines.high_shift)
+
+
+def of_coupled_product(
+    slope: Lines,  # around the slope s, in the input z of the gate
+    reach: Tensor,  # at least |z|
+    least: Tensor,
+    most: Tensor,  # s is in [least, most]
+    low: Tensor,
+    high: Tensor,  # the gradient e is in [low, high]
+    shares: tuple[float, float],  # above and below
+) -> Planes:
+    """Around `s e`, with s between its lines (McCormick 1976): a share of the plane that meets it on two edges of the rectangle, the rest of its opposite."""
+    above = _above(slope, reach, least, most, low, high, shares[0])
+    below = _above(slope, reach, least, most, -high, -low, shares[1])  # - s e = s (-e)
+    return Planes(below[0], -below[1], -below[2], *above)
+
+
+def _above(slope: Lines, reach: Tensor, least: Tensor, most: Tensor, low: Tensor, high: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`s e - of_e e - of_s s` is largest at a corner, whatever these two are; s is then replaced by its line above or below, by the sign of `of_s`."""
+    of_e, of_s = share * most + (1 - share) * least, share * low + (1 - share) * high
+    corners = torch.stack([s * e - of_e * e - of_s * s for s in (least, most) for e in (low, high)]).amax(0)
+    steepness, shift = (torch.where(of_s >= 0, up, down) for up, down in ((slope.high_slope, slope.low_slope), (slope.high_shift, slope.low_shift)))
+    of_z, shift = of_s * steepness, of_s * shift
+    steepest, largest = torch.maximum(least.abs(), most.abs()), torch.maximum(low.abs(), high.abs())
+    size = steepest * largest + of_e.abs() * largest + of_s.abs() * steepest + of_z.abs() * reach + shift.abs()
+    return of_e, of_z, corners + shift + _ROOM * size + _TINY

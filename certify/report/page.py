@@ -185,15 +185,20 @@ def _numbers(values: Any) -> str:
 
 
 def _first(groups: Sequence[Group], radii: Sequence[float]) -> First | None:
-    """The run the page begins with: of those computed here, in the first norm that has any, with the strongest guarantee, the largest accuracy at a radius."""
+    """The run the page begins with: of those computed here, in the first norm that has any, with the strongest guarantee that certifies any input at a radius,
+    the largest accuracy there.
+    """
     for group in groups:
         known = [item.summary for item in group.items if item.summary.proved and item.summary.log is None and item.summary.clean is not None]
-        strongest = [summary for summary in known if summary.guarantee == "proof"] or known
-        if strongest:
+        if known:
             chosen = sorted(set(radii)) or list(group.radii)
             at = [group.radii.index(radius) for radius in chosen]
             place = next((place for place in at if group.radii[place] > 0), None)
-            leader = max(strongest, key=lambda summary: (summary.clean if place is None else summary.certified[place], summary.median_radius, summary.clean))
+            saying = [summary for summary in known if place is None or summary.certified[place]] or known
+            leader = max(
+                [summary for summary in saying if summary.guarantee == "proof"] or saying,
+                key=lambda summary: (summary.clean if place is None else summary.certified[place], summary.median_radius, summary.clean),
+            )
             shares = [(radius, leader.certified[place]) for radius, place in zip(chosen, at, strict=True)]
             return First(leader, _headline(leader, group.radii, place), shares)
     return None
