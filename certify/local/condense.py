@@ -290,25 +290,21 @@ class _Sweep:
         inputs, earlier = self.gradients(gate.input, torch.zeros(len(index), len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
         slack = 2 * gamma(self.products) * size + _TINY
         layer = Layer(gate, index, center, slack, inputs, earlier, size, low[index], high[index])
-        layer = self.narrowed(layer, functools.partial(upper_bounds, self.apart, self.region), low, high)
-        if self.layers and layer.count and (self.steps or self.layers[-1].ellipsoid is not None):
-            layer = self.narrowed(layer, functools.partial(tightened, self.layers, self.region, steps=self.steps), low, high)
+        bound = functools.partial(upper_bounds, self.apart, self.region)
+        layer = _below(layer, bound(layer.center, layer.inputs, layer.earlier))
+        high[index] = layer.high
+        if gate.activation == RELU:  # one that is shut needs no bound from below
+            layer = _part(layer, torch.nonzero(~(layer.high <= 0)).flatten())
+        layer = _above(layer, bound(-layer.center, -layer.inputs, -layer.earlier))
+        low[layer.index] = layer.low
+        layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
+        if layer.count and self.layers and (self.steps or self.layers[-1].ellipsoid is not None):
+            center, inputs, earlier = (torch.cat([rows, -rows]) for rows in (layer.center, layer.inputs, layer.earlier))
+            top = tightened(self.layers, self.region, center, inputs, earlier, self.steps)
+            layer = _above(_below(layer, top[: layer.count]), top[layer.count :])
+            low[layer.index], high[layer.index] = layer.low, layer.high
+            layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
         return layer
-
-    def narrowed(self, layer: Layer, bound: Callable[[Tensor, Tensor, Tensor], Tensor], low: Tensor, high: Tensor) -> Layer:
-        """What is still undecided by bounds from above, and then, of gates that these have not shut, from below; the new ends are noted.
-
-        Where sums overflow they say nothing. The range of a ReLU that is shut is not looked at again.
-        """
-        upper = torch.fmin(layer.high, upward(bound(layer.center, layer.inputs, layer.earlier) + layer.slack))
-        high[layer.index] = upper
-        shut = (upper <= 0) & (layer.gate.activation == RELU)
-        layer = _part(dataclasses.replace(layer, high=upper), torch.nonzero(~shut).flatten())
-        if not layer.count:
-            return layer
-        lower = torch.fmax(layer.low, downward(-bound(-layer.center, -layer.inputs, -layer.earlier) - layer.slack))
-        low[layer.index] = lower
-        return _part(dataclasses.replace(layer, low=lower), torch.nonzero(_undecided(layer.gate, lower, layer.high)).flatten())
 
     def gradients(self, value: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, entries) -> (n, inputs), (n, gates)
         """`rows @ d value / d .` to the input and to the cut gates."""
@@ -368,6 +364,16 @@ class _Sweep:
             return before if given is None else before.index_copy_(1, bend.cut, given[:, bend.gates])
 
         return to_gates, self.program.back(self.program.output, rows.abs(), steep, absolute=True)
+
+
+def _below(layer: Layer, top: Tensor) -> Layer:
+    """With bounds from above; where sums overflow they say nothing."""
+    return dataclasses.replace(layer, high=torch.fmin(layer.high, upward(top + layer.slack)))
+
+
+def _above(layer: Layer, top: Tensor) -> Layer:
+    """With bounds of the negatives from above."""
+    return dataclasses.replace(layer, low=torch.fmax(layer.low, downward(-top - layer.slack)))
 
 
 def _joined(layers: Sequence[Layer]) -> Layer:
