@@ -275,7 +275,8 @@ def large() -> tuple[float, float, float, float, float]:
     found, undecided = ours(program, region)
     took = time.perf_counter() - begun
     used = memory("VmHWM") - start
-    allowed = 4 * (x.numel() * undecided + undecided**2 + condense._CHUNK) * 8 / 2**30
+    batch = max(condense._CHUNK, condense._ROWS * program.widest)
+    allowed = 4 * (x.numel() * undecided + undecided**2 + batch) * 8 / 2**30
     return float(found.max()), took, undecided, used, allowed
 
 

@@ -440,6 +440,7 @@ STEPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "reflected": (nn.Conv2d(2, 3, 3, padding=2, padding_mode="reflect", groups=1), (2, 4, 4)),
     "same": (nn.Conv2d(2, 3, 4, padding="same", dilation=2), (2, 6, 6)),
     "groups": (nn.Conv2d(4, 6, 3, 2, 2, 2, groups=2), (4, 7, 7)),
+    "along a line": (nn.Conv1d(2, 3, 3, 2, 1, 2), (2, 9)),
     "transposed": (nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, groups=2, dilation=2), (4, 4, 4)),
     "transposed 1d": (nn.ConvTranspose1d(2, 3, 4, 2), (2, 5)),
     "average": (nn.AvgPool2d(3, 1, 1, ceil_mode=True, count_include_pad=False), (2, 5, 5)),
@@ -452,6 +453,7 @@ STEPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "broadcast numbers": (Of(lambda x: (x[:, :, None] * torch.tensor([1.0, 2.0, -3.0])) / torch.tensor([0.3, 0.7, -2.0])), (4,)),
     "expanded": (Of(lambda x: x[:, :, None].expand(-1, -1, 9).reshape(len(x), -1)), (4,)),
     "stacked": (Of(lambda x: torch.stack([x, x, x, x, x, x, x, x], 1)), (3,)),
+    "pieces": (Of(lambda x: torch.cat([x.flip(1).chunk(2, 1)[1], torch.full((len(x), 2), 0.5, dtype=x.dtype), -x], 1)), (5,)),
     "view": (Of(lambda x: x.permute(0, 2, 3, 1).contiguous().view(len(x), -1)), (2, 3, 3)),
     "weighted sums": (Of(lambda x: torch.rsub(torch.sub(x.relu(), x, alpha=-2.5), 3, alpha=2)), (4,)),
     "sums": (Of(lambda x: x.sum((1, 2), keepdim=True) - x.mean(-1, keepdim=True)), (4, 3)),
@@ -460,6 +462,24 @@ STEPS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "clamps": (Of(lambda x: x.clamp(-math.inf, 0.4).clamp(0.3, 0.3) + F.hardtanh(x, -0.1, math.inf) + F.hardsigmoid(x)), (4,)),
     "asserted": (Of(lambda x: x.double().relu()), (4,)),
 }
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_gradients_through_a_step_are_those_of_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches of one row where there are several."""
+    monkeypatch.setattr(operators, "_COLUMNS", 1)
+    torch.manual_seed(0)
+    net, shape = STEPS[name]
+    made = Program.of(nn.Sequential(net, nn.Flatten()).eval(), shape)
+    generator = torch.Generator().manual_seed(0)
+    for number, step in enumerate(made.steps):
+        if isinstance(step, Affine):
+            rows = torch.randn(3, math.prod(made.shapes[number + 1]), generator=generator, dtype=torch.float64)
+            shapes = [made.shapes[k] for k in step.inputs]
+            for absolute in (False, True):
+                own, found = (way.back(rows, shapes, absolute) for way in (step, dataclasses.replace(step, transposed=None)))
+                for mine, theirs in zip(own, found, strict=True):
+                    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -802,3 +822,30 @@ def test_many_rows_are_refused_before_they_fill_the_memory() -> None:
     made = chain(random_weights(np.random.default_rng(0), (4, 5, 3)), "relu")
     with pytest.raises(certify.CertifyError, match="pairs=False"):
         condense.condense(made, Region.of(certify.Ball(np.zeros(4), 1.0), 4), torch.eye(3, dtype=torch.float64), limit=11)
+
+
+def test_the_support_of_a_box_that_leans_to_one_side_is_exact_up_to_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low, high = (torch.rand(40, generator=generator, dtype=torch.float64) * sign for sign in (-3, 1))
+    g = torch.randn(20, 40, generator=generator, dtype=torch.float64)
+    found = Region(torch.zeros(40, dtype=torch.float64), low, high).support(g)
+    for row, most in zip(g.tolist(), found.tolist(), strict=True):
+        exact = sum(max(Fraction(a) * Fraction(b), Fraction(a) * Fraction(c)) for a, b, c in zip(row, low.tolist(), high.tolist(), strict=True))
+        assert exact <= Fraction(most) <= exact * (1 + Fraction(1, 10**12))
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_one_row_at_a_time_gives_the_same_bounds(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 20), lipnet.MaxMin(), nn.Linear(20, 3))
+    made, where = Program.of(net.eval(), (1, 8, 8)), Region.of(certify.Ball(np.full((1, 8, 8), 0.5), 0.2, math.inf), 64)
+    rows = torch.eye(3, dtype=torch.float64)
+    whole = condense.condense(made, where, rows, steps=steps)
+    norms = clarke.bound_jacobian(whole).row_norms(1)
+    monkeypatch.setattr(condense, "_ROWS", 1)
+    monkeypatch.setattr(condense, "_CHUNK", 1)
+    monkeypatch.setattr(clarke, "_CHUNK", 1)
+    single = condense.condense(made, where, rows, steps=steps)
+    assert [layer.index.tolist() for layer in single.layers] == [layer.index.tolist() for layer in whole.layers]
+    assert whole.undecided > 20
+    torch.testing.assert_close(clarke.bound_jacobian(single).row_norms(1), norms, rtol=1e-10, atol=0)

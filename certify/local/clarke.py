@@ -21,6 +21,7 @@ from sdp.proof import gamma
 
 _CHUNK = 2**18  # numbers in one batch of forms: they stay in the cache of the processor
 _MUCH = 2.0**-33  # of slack, beside the largest gradient to a gate
+_SAME = 2.0**-40  # above what the rounding of two slopes makes of their sum
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +35,22 @@ class _Gates:
     size: Tensor  # (rows, n), at least |center| + |later| |p|
     peak: Tensor  # (rows, n), at least |p|
     lines: Lines  # (rows, n) each, around p = s E
+    room: float  # relative, for the rounding of all sums
+
+    @functools.cached_property
+    def bends(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # (rows or 1, n), and (rows, n) each
+        """mean, half, a, b with `c p <= (mean c + half |c|) (later p) + a c + b |c|` for every c; in b is room for rounding, relative to |c p| and |c E|.
+
+        The two lines around a product have slopes with the same mean in every row, but for rounding; then it stands there once, and b has what it is off by.
+        """
+        lines = self.lines
+        own, half = (lines.high_slope + lines.low_slope) / 2, (lines.high_slope - lines.low_slope) / 2
+        mean = own[:1] if bool((own - own[:1]).abs().max() <= _SAME) else own
+        steepest, largest = torch.maximum(lines.high_slope.abs(), lines.low_slope.abs()), torch.maximum(lines.high_shift.abs(), lines.low_shift.abs())
+        a = mean * self.center + (lines.high_shift + lines.low_shift) / 2
+        b = half * self.center + (lines.high_shift - lines.low_shift) / 2 + steepest * self.slack
+        b = b + self.room * (steepest * self.size + largest) + 2 * (own - mean).abs() * self.size
+        return mean, half, a, b
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,25 +62,31 @@ class Jacobian(Bounded):
     @functools.cached_property
     def range(self) -> tuple[Tensor, Tensor]:  # (rows, inputs) each
         """The smallest and the largest entries."""
-        start = [layer.inputs.T for layer in self.gates]
-        high = upper_bounds(self.gates, start, self.condensed.inputs) + self.condensed.slack_inputs
-        low = -upper_bounds(self.gates, [-part for part in start], -self.condensed.inputs) - self.condensed.slack_inputs
+        low, high = bounds(self.gates, [layer.inputs.T for layer in self.gates], self.condensed.inputs, self.reach)
+        low, high = low - self.condensed.slack_inputs, high + self.condensed.slack_inputs
         return low, torch.maximum(low, high)
+
+    @functools.cached_property
+    def reach(self) -> Tensor:  # (rows, inputs)
+        """At least `|J0| + |p| |G|`, but for rounding."""
+        reach = self.condensed.inputs.abs()
+        for layer in self.gates:
+            reach = reach + layer.peak @ layer.inputs.abs()
+        return reach
 
     def weighted(self, weights: Tensor) -> Tensor:  # (rows, inputs) -> (rows,)
         """At least `sum_j weights_j J_j` for each row."""
         condensed = self.condensed
-        start = [(weights @ layer.inputs.T)[:, None] for layer in self.gates]
-        total = upper_bounds(self.gates, start, (weights * condensed.inputs).sum(1)[:, None])[:, 0]
+        forms = [weights @ layer.inputs.T for layer in self.gates]
+        total = (weights * condensed.inputs).sum(1)
+        if forms:
+            total = _upper_bounds(self.gates, torch.cat(forms, dim=1)[:, None], total[:, None])[:, 0]
         return total + self.rounding(weights)
 
     def rounding(self, weights: Tensor) -> Tensor:  # (rows, inputs) -> (rows,)
         """What the rounding of the gradients to the inputs, and of their sum, can add to a bound of `sum_j weights_j J_j`."""
-        reach = self.condensed.inputs.abs()
-        for layer in self.gates:
-            reach = reach + layer.peak @ layer.inputs.abs()
-        terms = 2 * gamma(weights.shape[1] + sum(layer.peak.shape[1] for layer in self.gates) + 8)
-        return (weights.abs() * (self.condensed.slack_inputs + terms * reach)).sum(1) * (1 + terms) + 2.0**-500
+        terms = 2 * gamma(weights.shape[1] + self.condensed.undecided + 8) + sum(layer.room for layer in self.gates[:1])
+        return (weights.abs() * (self.condensed.slack_inputs + terms * self.reach)).sum(1) * (1 + terms) + 2.0**-500
 
 
 def bound_jacobian(condensed: Condensed) -> Jacobian:
@@ -78,6 +101,7 @@ def with_slack(condensed: Condensed) -> Jacobian:
     """The same with the slack as it stands."""
     done: list[_Gates] = []
     stop = condensed.gates.shape[1]
+    room = 2 * gamma(2 * stop + 16 * len(condensed.layers) + 32)
     later = [layer.earlier for layer in condensed.layers]  # rows of M: by gate, to all earlier ones
     for number in reversed(range(len(condensed.layers))):
         layer = condensed.layers[number]
@@ -85,53 +109,70 @@ def with_slack(condensed: Condensed) -> Jacobian:
         to_later = torch.cat([torch.zeros(layer.count, 0, dtype=torch.float64), *(part[:, start:stop].T for part in later[number + 1 :])], dim=1)
         center, slack = condensed.gates[:, start:stop], condensed.slack_gates[:, start:stop]
         forms = list(to_later.split([part.peak.shape[1] for part in done], dim=1)) if done else []
-        high = upper_bounds(done, forms, center) + slack
-        low = torch.minimum(-upper_bounds(done, [-form for form in forms], -center) - slack, high)
-        least, most = layer.slopes
-        peak = torch.maximum(least.abs(), most.abs()) * torch.maximum(low.abs(), high.abs()) * (1 + 2.0**-50)
-        size = center.abs() + slack
+        size = center.abs()
         if done:
             size = size + torch.cat([part.peak for part in done], dim=1) @ to_later.abs().T
+        low, high = bounds(done, forms, center, size)
+        low, high = torch.minimum(low - slack, high + slack), high + slack
+        least, most = layer.slopes
+        peak = torch.maximum(least.abs(), most.abs()) * torch.maximum(low.abs(), high.abs()) * (1 + 2.0**-50)
         lines = of_product(least.expand_as(low), most.expand_as(low), low, high)
-        done.insert(0, _Gates(center, slack, to_later, layer.inputs, size, peak, lines))
+        done.insert(0, _Gates(center, slack, to_later, layer.inputs, size + slack, peak, lines, room))
         stop = start
     return Jacobian(condensed, tuple(done))
 
 
-def upper_bounds(
+def bounds(
     layers: Sequence[_Gates],
-    start: Sequence[Tensor],  # by layer: (forms, n), the same for all rows, or (rows, forms, n)
+    start: Sequence[Tensor],  # by layer: (forms, n)
     constant: Tensor,  # (rows, forms)
-) -> Tensor:  # (rows, forms)
-    """At least `constant + sum start p` for each row of the output, in batches of forms."""
+    size: Tensor,  # (rows, forms), at least `|constant| + |start| |p|`, but for rounding
+) -> tuple[Tensor, Tensor]:  # (rows, forms) each
+    """At most and at least `constant + sum start p` for each row of the output, in batches of forms.
+
+    The first p have the same coefficients in all rows, and with the other sign in what is bounded from below; so the lines around them are summed once.
+    """
     rows, forms = constant.shape
     if not layers:
-        return constant
-    width = sum(part.shape[-1] for part in start)
-    chunk = max(1, _CHUNK // max(1, rows * width))
-    pieces = []
-    for first in range(0, forms, chunk):
-        part = slice(first, first + chunk)
-        pieces.append(_upper_bounds(layers, [form[..., part, :] for form in start], constant[:, part]))
-    return torch.cat(pieces, dim=1)
+        return constant, constant
+    first, *others = layers
+    mean, half, a, b = first.bends
+    ends = constant.new_empty(rows, 2, forms)
+    chunk = max(1, _CHUNK // max(1, 2 * rows * sum(part.shape[-1] for part in start)))
+    for number in range(0, forms, chunk):
+        part = slice(number, number + chunk)
+        c, rest = torch.cat([form[part] for form in start], dim=1).tensor_split([len(first.later)], dim=1)
+        size_of_c = c.abs()
+        total = _signs(torch.addmm(constant[:, part], a, c.T), torch.addmm(size[:, part], b, size_of_c.T, beta=first.room))
+        if others:
+            bent = ((size_of_c * half[:, None]).flatten(0, 1) @ first.later).view(rows, len(c), -1)
+            total = _upper_bounds(others, _signs(rest + (c * mean[:, None]) @ first.later, bent), total)
+        ends[..., part] = total.view(rows, 2, -1)
+    return -ends[:, 1], ends[:, 0]
 
 
-def _upper_bounds(layers: Sequence[_Gates], start: Sequence[Tensor], constant: Tensor) -> Tensor:
-    """Each p is replaced by its line above or below, by the sign of its coefficient; the rounding of all sums is at most `gamma` times their terms."""
-    forms = torch.cat(list(start), dim=-1)
-    peak = torch.cat([layer.peak for layer in layers], dim=1)  # (rows, gates)
-    at_start = peak @ forms.abs().T if forms.dim() == 2 else torch.einsum("rfg,rg->rf", forms.abs(), peak)
-    total, size = constant, constant.abs() + at_start
-    forms = forms.expand(len(peak), *forms.shape[-2:])
+def _signs(straight: Tensor, bent: Tensor) -> Tensor:  # (rows or 1, forms, ...), (rows, forms, ...) -> (rows, 2 forms, ...)
+    """`bent + straight`, and then `bent - straight`."""
+    both = bent.new_empty(len(bent), 2, *bent.shape[1:])
+    torch.add(bent, straight, out=both[:, 0])
+    torch.sub(bent, straight, out=both[:, 1])
+    return both.flatten(1, 2)
+
+
+def _upper_bounds(
+    layers: Sequence[_Gates],
+    forms: Tensor,  # (rows, forms, gates)
+    total: Tensor,  # (rows, forms)
+) -> Tensor:  # (rows, forms)
+    """At least `total + forms p`, but for rounding: each p is replaced by its line above or below, by the sign of its coefficient. `forms` is used up.
+
+    The rounding of all sums is at most `gamma` times their terms. Those with the lines are in `b` of each layer; those at the start are left out.
+    """
     for layer in layers:
-        coefficients, forms = forms.split([layer.peak.shape[1], forms.shape[-1] - layer.peak.shape[1]], dim=-1)
-        above, below, lines = coefficients.clamp(min=0), coefficients.clamp(max=0), layer.lines
-        weight = above * lines.high_slope[:, None] + below * lines.low_slope[:, None]
-        total = total + _dot(above, lines.high_shift) + _dot(below, lines.low_shift) + _dot(weight, layer.center) + _dot(weight.abs(), layer.slack)
-        size = size + _dot(weight.abs(), layer.size) + _dot(above, lines.high_shift.abs()) - _dot(below, lines.low_shift.abs())
-        forms = forms + weight @ layer.later
-    return total + 2 * gamma(2 * peak.shape[1] + 8 * len(layers) + 16) * size
-
-
-def _dot(forms: Tensor, of: Tensor) -> Tensor:  # (rows, forms, n), (rows, n) -> (rows, forms)
-    return (forms @ of[..., None])[..., 0]
+        c, forms = forms.split([layer.peak.shape[1], forms.shape[-1] - layer.peak.shape[1]], dim=-1)
+        size_of_c = c.abs()
+        mean, half, a, b = layer.bends
+        total = total + (c @ a[..., None])[..., 0] + (size_of_c @ b[..., None])[..., 0]
+        if forms.shape[-1]:
+            forms.flatten(0, 1).addmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]).flatten(0, 1), layer.later)
+    return total

@@ -1,7 +1,7 @@
 """The program around one input, reduced to the gates that are not decided there.
 
 On the region every decided gate is a line, so that with the outputs p of the others the program is affine: `z = center + G d + M p`, gate by gate. The
-rows of G and M are gradients by autograd. With `|d|` and `|p|` bounded, what their rounding can change is at most `gamma_N` times the same program with
+rows of G and M are gradients. With `|d|` and `|p|` bounded, what their rounding can change is at most `gamma_N` times the same program with
 absolute values, N the number of products in the longest sum (Higham 2002, section 3.1; a gradient is a product of the same matrices from the other side).
 """
 
@@ -12,6 +12,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +32,9 @@ from sdp.proof import gamma
 _TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, of 2^30, times the square of _GROWTH and _REACH
 _GROWTH = 2.0**200
 _REACH = 2.0**100
-_CHUNK = 2**22  # numbers in the rows of one batch of gradients
+_CHUNK = 2**17  # numbers of a value in one batch of gradients: they stay in the cache of the processor
+_FIELDS = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")  # of a layer, by gate
+_ROWS = 64  # of gradients in the smallest batch, so that weights are not read too often
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,6 +129,7 @@ class TooManyGates(CertifyError):
     """A region leaves more gates undecided than can be kept, or than were allowed."""
 
 
+@torch.no_grad()
 def condense(
     program: Program,
     region: Region,
@@ -144,8 +148,7 @@ def condense(
     _check_scale(program, region, rows)
     if len(rows) * len(region.center) > limit:
         raise CertifyError(f"{len(rows):,} rows of {len(region.center):,} inputs need more memory than allowed; ask for fewer rows, such as with pairs=False")
-    with torch.enable_grad():
-        return _Sweep(program, region, limit, until, steps, most).run(rows)
+    return _Sweep(program, region, limit, until, steps, most).run(rows)
 
 
 def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
@@ -197,15 +200,25 @@ class _Signal:
     size: Tensor
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Bend:
+    """What a gate does to gradients."""
+
+    slope: Tensor  # 0 where it is cut
+    steepest: Tensor  # the largest |slope|, everywhere
+    cut: Tensor  # its entries that are
+    gates: slice  # and their place among all gates that are cut
+
+
 class _Sweep:
     """One pass through the program; gates are decided, or cut, as it goes."""
 
     def __init__(self, program: Program, region: Region, limit: int = 0, until: float = math.inf, steps: int = 0, most: float = math.inf) -> None:
         self.program, self.region, self.limit, self.until, self.steps, self.most = program, region, limit, until, steps, most
-        self.input = region.center.clone().requires_grad_(True)
-        self.cuts: list[Tensor] = []
         self.layers: list[Layer] = []
-        self.slopes: list[tuple[Tensor, Tensor]] = []  # by gate: its largest |slope| everywhere, and the entries that are cut
+        self.apart: list[Layer] = []  # the same without ellipsoids: what gates one by one decide needs no more
+        self.gates = 0  # that are cut
+        self.bends: dict[Gate, _Bend] = {}
         self.products = 1
         self.total = 0
 
@@ -217,7 +230,7 @@ class _Sweep:
         shape = (1, *self.program.input_shape)
         low, high = (self.region.center + end for end in (self.region.low, self.region.high))
         return _Signal(
-            self.input.reshape(shape),
+            self.region.center.reshape(shape),
             downward(low).reshape(shape),
             upward(high).reshape(shape),
             (self.region.center.abs() + self.region.reach).reshape(shape),
@@ -227,158 +240,159 @@ class _Sweep:
         """The affine step in each of the three: rounding is at most `gamma` times the sum of the absolute values of all terms."""
         self.products += step.terms + len(inputs) + 2
         value = step.apply(*(signal.value for signal in inputs))
-        with torch.no_grad():
-            middle = [(signal.low + signal.high) / 2 for signal in inputs]
-            half = [(signal.high - signal.low) / 2 for signal in inputs]
-            size, reach = (step.size(*parts) for parts in ([s.size for s in inputs], [m.abs() + h for m, h in zip(middle, half, strict=True)]))
-            center, width = step.apply(*middle), step.size(*half)
-            if step.constant is not None:
-                size, reach = size + step.constant, reach + step.constant
-            room = 2 * gamma(step.terms + 12) * reach + _TINY
-            return _Signal(value, center - width - room, center + width + room, size)
+        middle = [(signal.low + signal.high) / 2 for signal in inputs]
+        half = [(signal.high - signal.low) / 2 for signal in inputs]
+        size, reach = (step.size(*parts) for parts in ([s.size for s in inputs], [m.abs() + h for m, h in zip(middle, half, strict=True)]))
+        center, width = step.apply(*middle), step.size(*half)
+        if step.constant is not None:
+            size, reach = size + step.constant, reach + step.constant
+        room = 2 * gamma(step.terms + 12) * reach + _TINY
+        return _Signal(value, center - width - room, center + width + room, size)
 
     def gate(self, gate: Gate, signal: _Signal) -> _Signal:
         """Decide what the range decides, sharpen the range of the rest, and cut what is still undecided."""
         low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
         self.total += len(low)
         index = torch.nonzero(_undecided(gate, low, high)).flatten()
-        if len(index):
-            layer = self.sharpened(gate, signal, index, low, high)
-            low[index], high[index] = layer.low, layer.high
-            silent = _silent(layer)
-            undecided = _undecided(gate, layer.low, layer.high)
-            layer, silent = _part(layer, torch.nonzero(undecided & ~silent).flatten()), index[undecided & silent]
-        else:
-            layer, silent = None, index
+        layers = [self.sharpened(gate, signal, part, low, high) for part in index.split(self.batch) if len(part)]
+        layer = _joined(layers) if layers else None
+        silent = index[:0]
+        if layer is not None:
+            nothing = _silent(layer)
+            layer, silent = _part(layer, torch.nonzero(~nothing).flatten()), layer.index[nothing]
         least, most = slopes(gate, low, high)
         slope, intercept = torch.where(least == most, least, 0.0), _intercept(gate, low, high)
         image_low, image_high = image(gate, low, high)
         size = slope.abs() * signal.size.flatten() + intercept.abs()
         size[silent] = signal.size.flatten()[silent]  # relu of what is 0 but for rounding: its error is no more than that of its input
         self.products += 4
-        flat = signal.value.flatten() * slope + intercept
-        cut = torch.zeros(0, dtype=torch.long)
+        value = signal.value.flatten() * slope + intercept
+        cut, first = torch.zeros(0, dtype=torch.long), self.gates
         if layer is not None and layer.count:
-            self.layers.append(dataclasses.replace(layer, ellipsoid=Ellipsoid.of(self.layers, layer, self.region)))
+            layer = dataclasses.replace(layer, ellipsoid=Ellipsoid.of(self.layers, layer, self.region))
+            self.apart.append(layer if layer.ellipsoid is None else dataclasses.replace(layer, ellipsoid=None))
+            self.layers.append(layer)
+            self.gates += layer.count
             cut = layer.index
-            p = torch.zeros(layer.count, dtype=torch.float64, requires_grad=True)
-            self.cuts.append(p)
-            flat = flat.index_put((cut,), p)
+            value[cut] = 0.0
             size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
-            gates = sum(map(len, self.cuts))
-            if self.used() > self.limit:
-                raise TooManyGates(f"{gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
-            if gates > self.most:
-                raise TooManyGates(f"{gates:,} gates are undecided on this region, and {self.most:,} at most were asked for; take a smaller region")
-        self.slopes.append((torch.maximum(least.abs(), most.abs()), cut))
+            if self.gates * (self.program.inputs + self.gates) > self.limit:
+                raise TooManyGates(f"{self.gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
+            if self.gates > self.most:
+                raise TooManyGates(f"{self.gates:,} gates are undecided on this region, and {self.most:,} at most were asked for; take a smaller region")
+        self.bends[gate] = _Bend(slope.index_fill(0, cut, 0.0), torch.maximum(least.abs(), most.abs()), cut, slice(first, self.gates))
         shape = signal.value.shape
-        return _Signal(flat.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
-
-    def used(self) -> int:
-        """The numbers that are kept."""
-        gates = sum(map(len, self.cuts))
-        return gates * (self.input.numel() + gates)
+        return _Signal(value.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
 
     def sharpened(self, gate: Gate, signal: _Signal, index: Tensor, low: Tensor, high: Tensor) -> Layer:
-        """The rows of some entries of a gate's input, and their range by linear relaxations of the gates before them (CROWN)."""
-        chosen = signal.value.flatten()[index]
-        inputs, *cuts = self.gradients(chosen, torch.eye(len(index), dtype=torch.float64))
-        with torch.no_grad():
-            earlier = torch.cat([torch.zeros(len(index), 0, dtype=torch.float64), *cuts], dim=1)
-            slack = 2 * gamma(self.products) * signal.size.flatten()[index] + _TINY
-            center = chosen.detach()
-            centers, to_inputs, to_gates = (torch.cat([part, -part]) for part in (center, inputs, earlier))
-            apart = [dataclasses.replace(layer, ellipsoid=None) for layer in self.layers]  # what gates one by one decide needs no more
-            top = upper_bounds(apart, self.region, centers, to_inputs, to_gates)
-            n = len(index)
-            if self.layers and (self.steps or self.layers[-1].ellipsoid is not None):
-                left = _undecided(gate, torch.maximum(low[index], -top[n:] - slack), torch.minimum(high[index], top[:n] + slack))
-                again = torch.nonzero(left.repeat(2)).flatten()
-                tighter = tightened(self.layers, self.region, centers[again], to_inputs[again], to_gates[again], self.steps)
-                top[again] = torch.fmin(top[again], tighter)
-            sharp_high, sharp_low = upward(top[:n] + slack), downward(-top[n:] - slack)
-            lower, upper = torch.fmax(low[index], sharp_low), torch.fmin(high[index], sharp_high)  # where sums overflow they say nothing
-        return Layer(gate, index, center, slack, inputs, earlier, signal.size.flatten()[index], lower, upper)
+        """Sharpen the ranges of some entries of a gate's input by linear relaxations of the gates before them (CROWN); those that are still undecided."""
+        center, size = signal.value.flatten()[index], signal.size.flatten()[index]
+        inputs, earlier = self.gradients(gate.input, torch.zeros(len(index), len(low), dtype=torch.float64).scatter_(1, index[:, None], 1.0))
+        slack = 2 * gamma(self.products) * size + _TINY
+        layer = Layer(gate, index, center, slack, inputs, earlier, size, low[index], high[index])
+        bound = functools.partial(upper_bounds, self.apart, self.region)
+        layer = _below(layer, bound(layer.center, layer.inputs, layer.earlier))
+        high[index] = layer.high
+        if gate.activation == RELU:  # one that is shut needs no bound from below
+            layer = _part(layer, torch.nonzero(~(layer.high <= 0)).flatten())
+        layer = _above(layer, bound(-layer.center, -layer.inputs, -layer.earlier))
+        low[layer.index] = layer.low
+        layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
+        if layer.count and self.layers and (self.steps or self.layers[-1].ellipsoid is not None):
+            center, inputs, earlier = (torch.cat([rows, -rows]) for rows in (layer.center, layer.inputs, layer.earlier))
+            top = tightened(self.layers, self.region, center, inputs, earlier, self.steps)
+            layer = _above(_below(layer, top[: layer.count]), top[layer.count :])
+            low[layer.index], high[layer.index] = layer.low, layer.high
+            layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
+        return layer
 
-    def gradients(self, of: Tensor, rows: Tensor) -> list[Tensor]:
-        """`rows @ d of / d .` to the input and to each layer of cut gates, in batches."""
-        leaves = [self.input, *self.cuts]
-        if not len(rows) or not of.requires_grad:
-            return [torch.zeros(len(rows), leaf.numel(), dtype=torch.float64) for leaf in leaves]
-        chunk = max(1, _CHUNK // max(1, of.numel() + sum(leaf.numel() for leaf in leaves)))
-        parts = []
-        for part in rows.split(chunk):
-            if time.monotonic() > self.until:
-                raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
-            found = torch.autograd.grad(of, leaves, part, retain_graph=True, allow_unused=True, is_grads_batched=True)
-            parts.append([torch.zeros(len(part), leaf.numel(), dtype=torch.float64) if g is None else g for g, leaf in zip(found, leaves, strict=True)])
-        return [torch.cat(columns) for columns in zip(*parts, strict=True)]
+    def gradients(self, value: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, entries) -> (n, inputs), (n, gates)
+        """`rows @ d value / d .` to the input and to the cut gates."""
+        if time.monotonic() > self.until:
+            raise TimeoutError("the ball leaves so many gates undecided that there is no time for their gradients")
+        to_gates = torch.zeros(len(rows), self.gates, dtype=torch.float64)
+
+        def bent(gate: Gate, found: Tensor) -> Tensor:
+            bend = self.bends[gate]
+            to_gates[:, bend.gates] = found[:, bend.cut]
+            return found * bend.slope
+
+        return self.program.back(value, rows, bent), to_gates
+
+    @property
+    def batch(self) -> int:
+        """So many rows of gradients at once that what is computed of them stays small."""
+        return max(_ROWS, _CHUNK // self.program.widest)
 
     def outputs(self, signal: _Signal, rows: Tensor) -> Condensed:
         """The rows of the output, and what rounding can add to each gradient."""
         y = signal.value.flatten()
-        inputs, *cuts = self.gradients(y, rows)
+        inputs, gates = (torch.cat(parts) for parts in zip(*(self.gradients(self.program.output, part) for part in rows.split(self.batch)), strict=True))
         room = 2 * gamma(self.products + len(y) + 4)
         slack_gates, slack_inputs = self.slack(rows, room)
-        with torch.no_grad():
-            center = rows @ y.detach()
-            return Condensed(
-                region=self.region,
-                layers=tuple(self.layers),
-                center=center,
-                slack=room * (rows.abs() @ signal.size.flatten()) + _TINY,
-                inputs=inputs,
-                gates=torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *cuts], dim=1),
-                slack_gates=slack_gates,
-                slack_inputs=slack_inputs,
-                total=self.total,
-                rounding=functools.partial(self.slack, rows, room),
-            )
+        return Condensed(
+            region=self.region,
+            layers=tuple(self.layers),
+            center=rows @ y,
+            slack=room * (rows.abs() @ signal.size.flatten()) + _TINY,
+            inputs=inputs,
+            gates=gates,
+            slack_gates=slack_gates,
+            slack_inputs=slack_inputs,
+            total=self.total,
+            rounding=functools.partial(self.slack, rows, room),
+        )
 
-    @torch.enable_grad()
     def slack(self, rows: Tensor, room: float, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`room` times the gradients of the program with absolute values, in which every gate has the largest slope that it can have here.
 
         With `largest`, (rows, gates), at least the gradients to all z, they start from these and from the outputs, and end at the next undecided gate.
         """
-        leaf = torch.zeros(self.input.numel(), dtype=torch.float64, requires_grad=True)
-        slopes = iter(self.slopes)
-        inside: list[Tensor] = []  # of the undecided gates
-        outside: list[Tensor] = []
+        batches = [slice(start, start + self.batch) for start in range(0, max(1, len(rows)), self.batch)]
+        parts = [self.steepest(rows[batch], None if largest is None else largest[batch]) for batch in batches]
+        gates, inputs = (room * torch.cat(columns) + _TINY for columns in zip(*parts, strict=True))
+        return gates, inputs
 
-        def bend(gate: Gate, z: Tensor) -> Tensor:
-            steepest, cut = next(slopes)
-            flat = z.flatten()
-            out = flat * steepest
-            p = out[cut] if largest is None else torch.zeros(len(cut), dtype=torch.float64)
-            p = p if p.requires_grad else p.requires_grad_(True)
-            if len(cut):
-                inside.append(flat[cut] if flat.requires_grad else flat[cut].requires_grad_(True))
-                outside.append(p)
-            return out.index_put((cut,), p).reshape(z.shape)
+    def steepest(self, rows: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:  # (rows, gates), (rows, inputs)
+        """The gradients of the program with absolute values, from the outputs, and from `given` at the cut gates where it is there."""
+        to_gates = torch.zeros(len(rows), self.gates, dtype=torch.float64)
 
-        y = self.program.run(leaf, bend, affine=lambda step: step.size)
-        starts, leaves = [y] if largest is None else [y, *inside], [leaf, *outside]
-        sizes = [len(part) for part in outside]
-        parts = []
-        for number, row in enumerate(rows.abs()):
-            weights = [row] if largest is None else [row, *largest[number].split(sizes)]
-            found = torch.autograd.grad(starts, leaves, weights, retain_graph=True, allow_unused=True)
-            parts.append([torch.zeros_like(part) if g is None else g for g, part in zip(found, leaves, strict=True)])
-        to_inputs, *to_gates = (torch.stack(columns) for columns in zip(*parts, strict=True))
-        none = torch.zeros(len(rows), 0, dtype=torch.float64)
-        return room * torch.cat([none, *to_gates], dim=1) + _TINY, room * to_inputs + _TINY
+        def steep(gate: Gate, found: Tensor) -> Tensor:
+            bend = self.bends[gate]
+            to_gates[:, bend.gates] = found[:, bend.cut]
+            before = found * bend.steepest
+            return before if given is None else before.index_copy_(1, bend.cut, given[:, bend.gates])
+
+        return to_gates, self.program.back(self.program.output, rows.abs(), steep, absolute=True)
+
+
+def _below(layer: Layer, top: Tensor) -> Layer:
+    """With bounds from above; where sums overflow they say nothing."""
+    return dataclasses.replace(layer, high=torch.fmin(layer.high, upward(top + layer.slack)))
+
+
+def _above(layer: Layer, top: Tensor) -> Layer:
+    """With bounds of the negatives from above."""
+    return dataclasses.replace(layer, low=torch.fmax(layer.low, downward(-top - layer.slack)))
+
+
+def _joined(layers: Sequence[Layer]) -> Layer:
+    """One layer of several."""
+    fields: dict[str, Any] = {name: torch.cat([getattr(layer, name) for layer in layers]) for name in _FIELDS}
+    return layers[0] if len(layers) == 1 else dataclasses.replace(layers[0], **fields)
 
 
 def _part(layer: Layer, keep: Tensor) -> Layer:
-    fields = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")
-    return dataclasses.replace(layer, **{name: getattr(layer, name)[keep] for name in fields})
+    """Some of its gates."""
+    return layer if len(keep) == layer.count else dataclasses.replace(layer, **{name: getattr(layer, name)[keep] for name in _FIELDS})
 
 
 def _silent(layer: Layer) -> Tensor:
     """The ReLUs of what is computed as the constant 0, such as a tie of two that are shut: nothing but rounding, and so are their gradients."""
-    nothing = (layer.center == 0) & ~layer.inputs.any(dim=1) & ~layer.earlier.any(dim=1)
-    return nothing if layer.gate.activation == RELU else torch.zeros_like(nothing)
+    nothing = (layer.center == 0) & (layer.gate.activation == RELU)
+    some = torch.nonzero(nothing).flatten()
+    nothing[some] = ~layer.inputs[some].any(dim=1) & ~layer.earlier[some].any(dim=1)
+    return nothing
 
 
 def _numpy(function: Callable[..., tuple[np.ndarray, np.ndarray]], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def linear_upper_bounds(
         constant = constant + shift + weight @ layer.center + weight.abs() @ layer.slack
         size = size + (gates[..., start:stop].abs() * layer.peak).sum(-1) + weight.abs() @ layer.size
         size = size + (above * lines.high_shift.abs() - below * lines.low_shift.abs()).sum(-1)
-        g, c = g + weight @ layer.inputs, c[..., :start] + weight @ layer.earlier
+        g, c = _plus(g, weight, layer.inputs), _plus(c[..., :start], weight, layer.earlier)
         terms, stop = terms + 2 * (stop - start) + 8, start
     return constant + 2 * gamma(terms) * size, g
 
@@ -100,3 +100,8 @@ def first_slopes(layers: Sequence[Relaxed], gates: Tensor) -> Tensor:  # (rows, 
         found.append(over if layer.ellipsoid is not None else lines.low_slope.expand(here.shape))
         c, stop = c[..., :start] + (here * over) @ layer.earlier, start
     return torch.cat(found[::-1], dim=-1)
+
+
+def _plus(rows: Tensor, weight: Tensor, of: Tensor) -> Tensor:
+    """`rows + weight @ of`, in one step where that is one."""
+    return torch.addmm(rows, weight, of) if rows.dim() == weight.dim() == of.dim() == 2 else rows + weight @ of

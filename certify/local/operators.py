@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from certify.local.program import Number, Ref, Refused, _Builder, register
+from certify.local.program import Number, Ref, Refused, Transposed, _Builder, register
 from sdp.activation import GELU, SIGMOID, SILU, TANH
 
 _A = torch.ops.aten
 Signal = Ref | Tensor | Number
+_COLUMNS = 2**19  # numbers, of the windows of all rows that go through a convolution at once
 
 
 def _pointed(x: Signal, builder: _Builder) -> None:
@@ -31,11 +32,27 @@ def _rearranged(target: Any, *also: Any) -> None:
 
     def function(builder: _Builder, x: Ref, *args: Any, **options: Any) -> Ref:
         _pointed(x, builder)
-        made = target(torch.zeros(x.shape, dtype=torch.float64), *args, **options)
-        copies = -(-made.numel() // max(1, math.prod(x.shape)))
-        return builder.affine([x], lambda value: target(value, *args, **options), terms=copies)
+        return _moved(builder, x, lambda value: target(value, *args, **options))
 
     register(target, *also)(function)
+
+
+def _moved(builder: _Builder, x: Ref, move: Callable[[Tensor], Tensor], terms: int | None = None) -> Ref:
+    """A signal whose entries are moved, some of them perhaps to several places, or to none."""
+    count = math.prod(x.shape)
+    source = move(torch.arange(count, dtype=torch.float64).reshape(x.shape)).flatten().long()  # by place: which entry it has
+    same, places = torch.arange(count), source.argsort()
+    permuted = torch.equal(source[places], same)
+
+    def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+        return [rows.index_select(1, places) if permuted else rows.new_zeros(len(rows), count).index_add_(1, source, rows)]
+
+    copies = -(-len(source) // max(1, count)) if terms is None else terms
+    return builder.affine([x], move, terms=copies, transposed=_unchanged if torch.equal(source, same) else transposed)
+
+
+def _unchanged(rows: Tensor, absolute: bool) -> list[Tensor]:
+    return [rows]
 
 
 _rearranged(_A.reshape.default, _A.view.default, _A._unsafe_view.default)  # what makes a signal contiguous is no step here, so that a view may need a copy
@@ -72,7 +89,7 @@ def _split(target: Any) -> None:
         def piece(number: int) -> Callable[[Tensor], Tensor]:
             return lambda value: target(value, *args, **options)[number]
 
-        return [builder.affine([x], piece(number)) for number in range(count)]
+        return [_moved(builder, x, piece(number)) for number in range(count)]
 
     register(target)(function)
 
@@ -96,10 +113,17 @@ def _joined(target: Any) -> None:
 
             return join
 
+        nothing = [torch.zeros(ref.shape, dtype=torch.float64) for ref in signals]
+        marks = (joined(True, False)(*nothing[:k], nothing[k] + 1, *nothing[k + 1 :]) for k in range(len(signals)))
+        places = [torch.nonzero(mark.flatten() > 0).flatten() for mark in marks]  # the entries of one signal keep their order
+
+        def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+            return [rows.index_select(1, mine) for mine in places]
+
         if all(part is None for part in stored):
-            return builder.affine(signals, joined(False, True))
-        constant = joined(True, True)(*(torch.zeros(ref.shape, dtype=torch.float64) for ref in signals))
-        return builder.affine(signals, joined(False, True), joined(True, False), constant)
+            return builder.affine(signals, joined(False, True), transposed=transposed)
+        constant = joined(True, True)(*nothing)
+        return builder.affine(signals, joined(False, True), joined(True, False), constant, transposed=transposed)
 
     register(target)(function)
 
@@ -130,8 +154,7 @@ def _spread(builder: _Builder, x: Ref, shape: torch.Size) -> Ref:
     """A signal, repeated to a shape."""
     if tuple(shape) == x.shape:
         return x
-    copies = math.prod(shape) // max(1, math.prod(x.shape))
-    return builder.affine([x], lambda value: value.expand(shape), terms=copies)
+    return _moved(builder, x, lambda value: value.expand(shape))
 
 
 def _sum(builder: _Builder, a: Signal, b: Signal, sign: float, alpha: Number) -> Ref:
@@ -142,12 +165,13 @@ def _sum(builder: _Builder, a: Signal, b: Signal, sign: float, alpha: Number) ->
     if isinstance(a, Ref):
         shift = torch.as_tensor(b, dtype=torch.float64) * factor
         spread = _spread(builder, a, torch.broadcast_shapes(a.shape, shift.shape))
-        return builder.affine([spread], lambda value: value + shift, lambda value: value, shift.abs(), terms=2)
+        return builder.affine([spread], lambda value: value + shift, lambda value: value, shift.abs(), 2, _unchanged)
     if not isinstance(b, Ref):
         raise Refused("adds no signal")
     shift = torch.as_tensor(a, dtype=torch.float64)
     spread = _spread(builder, b, torch.broadcast_shapes(b.shape, shift.shape))
-    return builder.affine([spread], lambda value: shift + factor * value, lambda value: abs(factor) * value, shift.abs(), terms=3)
+    back = _by(torch.tensor(factor, dtype=torch.float64), spread)
+    return builder.affine([spread], lambda value: shift + factor * value, lambda value: abs(factor) * value, shift.abs(), 3, back)
 
 
 @register(_A.add.Tensor, _A.add.Scalar)
@@ -165,9 +189,16 @@ def _subtract_from(builder: _Builder, a: Signal, b: Signal, alpha: Number = 1) -
     return _sum(builder, b, a, -1.0, alpha)
 
 
+def _by(factor: Tensor, x: Ref) -> Transposed:
+    """Each entry of a signal times a number, from behind."""
+    flat = factor.expand(x.shape).flatten()
+    size = flat.abs()
+    return lambda rows, absolute: [rows * (size if absolute else flat)]
+
+
 @register(_A.neg.default)
 def _negate(builder: _Builder, x: Ref) -> Ref:
-    return builder.affine([x], torch.neg, lambda value: value)
+    return builder.affine([x], torch.neg, lambda value: value, transposed=lambda rows, absolute: [rows if absolute else -rows])
 
 
 @register(_A.mul.Tensor, _A.mul.Scalar)
@@ -180,7 +211,7 @@ def _multiply(builder: _Builder, a: Signal, b: Signal) -> Ref:
     factor = torch.as_tensor(number, dtype=torch.float64)
     spread = _spread(builder, x, torch.broadcast_shapes(x.shape, factor.shape))
     size = factor.abs()
-    return builder.affine([spread], lambda value: value * factor, lambda value: value * size, terms=1)
+    return builder.affine([spread], lambda value: value * factor, lambda value: value * size, terms=1, transposed=_by(factor, spread))
 
 
 @register(_A.div.Tensor, _A.div.Scalar)
@@ -191,7 +222,12 @@ def _divide(builder: _Builder, x: Signal, b: Signal) -> Ref:
     if bool((divisor == 0).any()):
         raise Refused("divides by zero")
     spread, size = _spread(builder, x, torch.broadcast_shapes(x.shape, divisor.shape)), divisor.abs()
-    return builder.affine([spread], lambda value: value / divisor, lambda value: value / size, terms=1)
+    flat = divisor.expand(spread.shape).flatten()
+
+    def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+        return [rows / (flat.abs() if absolute else flat)]
+
+    return builder.affine([spread], lambda value: value / divisor, lambda value: value / size, terms=1, transposed=transposed)
 
 
 def _reduced(target: Any) -> None:
@@ -229,7 +265,12 @@ def _linear(builder: _Builder, x: Ref, weight: Tensor, bias: Tensor | None = Non
         raise Refused("multiplies two signals, which is neither affine nor a scalar gate; take --method smoothing")
     size = weight.abs()
     constant = None if bias is None else bias.abs()
-    return builder.affine([x], lambda v: functional.linear(v, weight, bias), lambda v: functional.linear(v, size), constant, terms=max(weight.shape) + 1)
+
+    def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+        return [(rows.reshape(-1, len(weight)) @ (size if absolute else weight)).reshape(len(rows), -1)]
+
+    terms = max(weight.shape) + 1
+    return builder.affine([x], lambda v: functional.linear(v, weight, bias), lambda v: functional.linear(v, size), constant, terms, transposed)
 
 
 @register(_A.addmm.default)
@@ -244,7 +285,37 @@ def _matmul(builder: _Builder, a: Signal, b: Signal) -> Ref:
     raise Refused("multiplies two signals, or a stored matrix from the left; only `x @ W` and linear layers are known here")
 
 
-def _convolved(target: Any) -> None:
+def _convolved_back(
+    x: Ref,
+    weight: Tensor,
+    size: Tensor,
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+    groups: int = 1,
+) -> Transposed:
+    """Of a convolution, for batches of rows."""
+    axes = weight.dim() - 2
+    stride, padding, dilation = (list(v) * (axes if len(v) == 1 else 1) for v in (stride, padding, dilation))
+    spread = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    made = [weight.shape[0], *((length + 2 * p - d * (taps - 1) - 1) // s + 1 for length, taps, s, p, d in spread)]
+    options = (None, stride, padding, dilation, False, [0] * axes, groups, [True, False, False])
+    count = max(1, _COLUMNS // (math.prod(weight.shape[1:]) * math.prod(made[1:])))
+    shape = torch.zeros(1, dtype=torch.float64).expand(count, *x.shape[1:])  # of the input nothing but its shape is used
+
+    def back(rows: Tensor, kernel: Tensor) -> Tensor:
+        return _A.convolution_backward.default(rows.reshape(len(rows), *made), shape[: len(rows)], kernel, *options)[0].flatten(1)
+
+    def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+        kernel = size if absolute else weight
+        return [back(rows, kernel) if len(rows) <= count else torch.cat([back(part, kernel) for part in rows.split(count)])]
+
+    return transposed
+
+
+def _convolved(target: Any, plain: bool = False) -> None:
+    """Convolutions; a plain one is not transposed, and has numbers for its padding."""
+
     def function(builder: _Builder, x: Ref, weight: Tensor, bias: Tensor | None = None, *args: Any, **options: Any) -> Ref:
         if not isinstance(weight, Tensor) or isinstance(bias, Ref):
             raise Refused("has a kernel that depends on the input")
@@ -256,13 +327,14 @@ def _convolved(target: Any) -> None:
             lambda value: target(value, size, None, *args, **options),
             constant,
             terms=max(weight.shape[:2]) * taps + 1,
+            transposed=_convolved_back(x, weight, size, *args, **options) if plain and x.shape[0] == 1 and len(x.shape) == weight.dim() else None,
         )
 
     register(target)(function)
 
 
-_convolved(_A.conv1d.default)
-_convolved(_A.conv2d.default)
+_convolved(_A.conv1d.default, plain=True)
+_convolved(_A.conv2d.default, plain=True)
 _convolved(_A.conv2d.padding)
 _convolved(_A.conv1d.padding)
 _convolved(_A.conv_transpose1d.default)
@@ -280,7 +352,7 @@ def _batch_norm(
     constant = (mean * scale).abs() + (0.0 if bias is None else bias.abs())
     scale, moved, constant = (part.reshape(spread) for part in (scale, moved, constant))
     size = scale.abs()
-    return builder.affine([x], lambda value: value * scale + moved, lambda value: value * size, constant, terms=8), None, None
+    return builder.affine([x], lambda value: value * scale + moved, lambda value: value * size, constant, 8, _by(scale, x)), None, None
 
 
 # --- gates ----------------------------------------------------------------------------------------------------------------------------------------
@@ -301,7 +373,14 @@ def _prelu(builder: _Builder, x: Ref, slope: Tensor) -> Ref:
     channels = slope.reshape(-1, *[1] * (len(x.shape) - 2)) if len(x.shape) > 1 and slope.numel() > 1 else slope.reshape(())
     rest = 1.0 - channels
     size = channels.abs(), rest.abs()
-    return builder.affine([x, builder.gate(x)], lambda v, bent: channels * v + rest * bent, lambda v, bent: size[0] * v + size[1] * bent, terms=4)
+    backs = _by(channels, x), _by(rest, x)
+    return builder.affine(
+        [x, builder.gate(x)],
+        lambda v, bent: channels * v + rest * bent,
+        lambda v, bent: size[0] * v + size[1] * bent,
+        terms=4,
+        transposed=lambda rows, absolute: [part for back in backs for part in back(rows, absolute)],
+    )
 
 
 @register(_A.abs.default)
@@ -346,7 +425,7 @@ def _clamp_max(builder: _Builder, x: Ref, high: Number) -> Ref:
 def _hardsigmoid(builder: _Builder, x: Ref) -> Ref:
     """`clamp(x + 3, 0, 6) / 6`."""
     bent = _clamp(builder, builder.combine((1.0, x), constant=3.0), 0.0, 6.0)
-    return builder.affine([bent], lambda value: value / 6, terms=1)
+    return builder.affine([bent], lambda value: value / 6, terms=1, transposed=lambda rows, absolute: [rows / 6])
 
 
 @register(_A.maximum.default)
@@ -383,7 +462,7 @@ def _max_pool(
         dim = axis - axes
         taps = _taps(x.shape[dim], kernel[axis], stride[axis], padding[axis], dilation[axis], ceil)
         along = (-1, *[1] * (-dim - 1))
-        picked = [(builder.affine([x], functools.partial(_taken, dim=dim, index=index), terms=kernel[axis]), inside.reshape(along)) for index, inside in taps]
+        picked = [(_moved(builder, x, functools.partial(_taken, dim=dim, index=index), terms=kernel[axis]), inside.reshape(along)) for index, inside in taps]
         while len(picked) > 1:
             pairs = [_larger(builder, *a, *b) for a, b in zip(picked[::2], picked[1::2], strict=False)]
             picked = pairs + picked[2 * len(pairs) :]
@@ -399,8 +478,17 @@ def _larger(builder: _Builder, a: Ref, a_inside: Tensor, b: Ref, b_inside: Tenso
     """The maximum where both are inside, else the one that is; no gate is undecided where there is nothing to compare."""
     both, only = (a_inside & b_inside).double(), (a_inside & ~b_inside).double()
     outside = both - 1
-    difference = builder.affine([a, b], lambda v, w: (v - w) * both + outside, lambda v, w: (v + w) * both, outside.abs(), terms=3)
-    larger = builder.affine([a, b, builder.gate(difference)], lambda v, w, beyond: v * only + w * (1 - only) + beyond, terms=3)
+    by_both, by_only, by_other = (_by(part, a) for part in (both, only, 1 - only))
+
+    def apart(rows: Tensor, absolute: bool) -> list[Tensor]:
+        (kept,) = by_both(rows, absolute)
+        return [kept, kept if absolute else -kept]
+
+    def chosen(rows: Tensor, absolute: bool) -> list[Tensor]:
+        return [*by_only(rows, absolute), *by_other(rows, absolute), rows]
+
+    difference = builder.affine([a, b], lambda v, w: (v - w) * both + outside, lambda v, w: (v + w) * both, outside.abs(), 3, apart)
+    larger = builder.affine([a, b, builder.gate(difference)], lambda v, w, beyond: v * only + w * (1 - only) + beyond, terms=3, transposed=chosen)
     return larger, a_inside | b_inside
 
 

@@ -25,6 +25,7 @@ from certify.registry import Shape
 from sdp.activation import RELU, Activation
 
 Number = int | float
+Transposed = Callable[[Tensor, bool], Sequence[Tensor]]  # (n, results) -> (n, entries of each input): through a step from behind; True: absolute values
 Operator = Callable[..., Any]
 _operators: dict[Any, Operator] = {}
 _CLOSE = 1e-9  # relative difference of program and network in float64, tried on a few inputs
@@ -41,6 +42,17 @@ class Affine:
     size: Callable[..., Tensor]  # with the absolute values of its coefficients, and without its constant
     constant: Tensor | None  # at least the absolute value of its constant; None: it has none
     terms: int
+    transposed: Transposed | None = None  # None: by autograd
+
+    def back(self, rows: Tensor, shapes: Sequence[Shape], absolute: bool) -> Sequence[Tensor]:  # (n, results) -> (n, entries of each input)
+        """What rows of gradients to its result are to its inputs, of these shapes; with `absolute`, through `size` in place of `apply`."""
+        if self.transposed is not None:
+            return self.transposed(rows, absolute)
+        with torch.enable_grad():
+            leaves = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+            made = (self.size if absolute else self.apply)(*leaves)
+        found = torch.autograd.grad(made, leaves, rows.reshape(len(rows), *made.shape), allow_unused=True, is_grads_batched=True)
+        return [rows.new_zeros(len(rows), leaf.numel()) if part is None else part.flatten(1) for part, leaf in zip(found, leaves, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +99,11 @@ class Program:
         return program
 
     @property
+    def inputs(self) -> int:
+        """How many numbers one input has."""
+        return math.prod(self.input_shape)
+
+    @property
     def outputs(self) -> int:
         """How many numbers it returns."""
         return math.prod(self.shapes[self.output])
@@ -125,6 +142,11 @@ class Program:
         return max((float(constant.max()) for constant in constants if constant.numel()), default=0.0)
 
     @functools.cached_property
+    def widest(self) -> int:
+        """The most numbers in one value."""
+        return max(map(math.prod, self.shapes))
+
+    @functools.cached_property
     def last_use(self) -> dict[int, int]:
         """By value: the last step that reads it; no step for the output."""
         uses = {value: k for k, step in enumerate(self.steps) for value in step.inputs}
@@ -150,6 +172,17 @@ class Program:
                 if self.last_use.get(i) == k:
                     values.pop(i, None)
         return values[self.output]
+
+    def back(self, value: int, rows: Tensor, gate: Callable[[Gate, Tensor], Tensor], absolute: bool = False) -> Tensor:  # (n, entries) -> (n, inputs)
+        """What rows of gradients to a value are to the input; `gate` says what they are before a gate, for those behind it. `absolute` is for all steps."""
+        held = {value: rows} if len(rows) else {}
+        for k in reversed(range(value)):
+            if k + 1 in held:
+                step, rows = self.steps[k], held.pop(k + 1)
+                parts = step.back(rows, [self.shapes[i] for i in step.inputs], absolute) if isinstance(step, Affine) else [gate(step, rows)]
+                for i, part in zip(step.inputs, parts, strict=True):
+                    held[i] = held[i] + part if i in held else part
+        return held[0] if 0 in held else rows.new_zeros(len(rows), self.inputs)
 
 
 def evaluate(activation: Activation, z: Tensor) -> Tensor:
@@ -203,11 +236,13 @@ class _Builder:
         size: Callable[..., Tensor] | None = None,
         constant: Tensor | None = None,
         terms: int = 0,
+        transposed: Transposed | None = None,
     ) -> Ref:
         """`apply` of signals; with `size=None` its coefficients are not negative and it has no constant."""
         example = apply(*(torch.zeros(ref.shape, dtype=torch.float64) for ref in inputs))
         numbers = tuple(ref.value for ref in inputs)
-        self.steps.append(Affine(self.name, numbers, apply, apply if size is None else size, None if constant is None else constant.expand_as(example), terms))
+        bound = None if constant is None else constant.expand_as(example)
+        self.steps.append(Affine(self.name, numbers, apply, apply if size is None else size, bound, terms, transposed))
         return self._made(example)
 
     def gate(self, ref: Ref, activation: Activation = RELU) -> Ref:
@@ -230,7 +265,11 @@ class _Builder:
             return functools.reduce(operator.add, (value * abs(factor) for value, factor in zip(values, factors, strict=True)))
 
         shift = torch.tensor(abs(constant), dtype=torch.float64) if constant else None
-        return self.affine([ref for _, ref in parts], weighted, size, shift, terms=len(parts) + 1)
+
+        def transposed(rows: Tensor, absolute: bool) -> list[Tensor]:
+            return [rows * (abs(factor) if absolute else factor) if factor != 1 else rows for factor in factors]
+
+        return self.affine([ref for _, ref in parts], weighted, size, shift, len(parts) + 1, transposed)
 
     def beyond(self, a: Ref, b: Ref) -> Ref:
         """`relu(a - b)`; one gate for the maximum and the minimum of the same two signals."""

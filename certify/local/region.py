@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -55,15 +56,26 @@ class Region:
         """The largest `|d|`, entry by entry."""
         return torch.maximum(-self.low, self.high)
 
+    @property
+    def _room(self) -> float:
+        """Relative, for the rounding of a product of the inputs and a few operations more."""
+        return 2 * gamma(len(self.center) + 6)
+
+    @functools.cached_property
+    def _around(self) -> tuple[Tensor | None, Tensor]:
+        """The middle of the box, None where that is 0, and half of its width with room for the rounding of products with both."""
+        middle = (self.low + self.high) / 2
+        half = torch.maximum(self.high - middle, middle - self.low)
+        return middle if bool(middle.any()) else None, half + self._room * (half + middle.abs())
+
     def support(self, g: Tensor) -> Tensor:  # (..., inputs) -> (...)
         """At least the largest `g d` over the region."""
-        inputs = g.shape[-1]
-        room = 2 * gamma(inputs + 6)
-        size = g.abs()
-        box = (torch.where(g > 0, self.high, self.low) * g).sum(-1)
-        box = box + room * (size @ self.reach) + _TINY
+        size, (middle, half) = g.abs(), self._around
+        box = size @ half + _TINY
+        if middle is not None:
+            box = box + g @ middle
         if not math.isfinite(self.radius):
             return box
         dual = math.inf if self.p == 1 else 2
         ball = torch.linalg.vector_norm(size, ord=dual, dim=-1) * self.radius
-        return torch.minimum(box, ball * (1 + room) + _TINY * max(1.0, self.radius))
+        return torch.minimum(box, ball * (1 + self._room) + _TINY * max(1.0, self.radius))
