@@ -245,7 +245,7 @@ def test_durations_are_in_the_unit_that_fits():
 
 
 def test_inspect_says_which_semidefinite_certifiers_apply(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("certify.lure._LOOKED_AT", 60)
+    monkeypatch.setattr("certify.lure.lowering._LOOKED_AT", 60)
     start = "import lipnet\nfrom torch import nn\ndef make():\n    return "
     relu, sorting = "nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 7), nn.ReLU()", "nn.Linear(8, 6), lipnet.MaxMin()"
     nets = {

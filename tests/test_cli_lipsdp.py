@@ -250,7 +250,7 @@ def test_what_it_cannot_see_is_named():
 
 
 def test_what_does_not_fit_is_refused_with_the_estimate(monkeypatch):
-    monkeypatch.setattr("certify.lure._SHARE", 1e-6)
+    monkeypatch.setattr("certify.lure.lowering._SHARE", 1e-6)
     net = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 3)).eval()
     with pytest.raises(CertifyError, match=r"LipSDP needs at least .* GiB for the .* signals"):
         certify.lipschitz(net, certify.LipSDP(), input_shape=(5,))
