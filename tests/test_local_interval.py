@@ -15,9 +15,10 @@ import certify
 import lipnet
 from certify.cli import main
 from certify.graph import Graph
-from certify.local import entries
+from certify.local import condense, entries
 from certify.local.entries import by_intervals
 from certify.local.method import program_of
+from certify.local.program import Program
 from certify.local.region import Region
 
 
@@ -127,6 +128,19 @@ def test_too_many_gates_are_bounded_by_intervals_where_that_is_left_open() -> No
     assert bound.value >= certify.lipschitz(net, certify.Local(), input_shape=(6,), domain=domain).value
     with pytest.raises(certify.CertifyError, match="undecided gates on this region need more memory than allowed"):
         certify.lipschitz(net, certify.Local(memory=1e-5, how="crown"), input_shape=(6,), domain=domain)
+
+
+@pytest.mark.parametrize("limits", [{"most": 30}, {"limit": 30 * 36}])
+def test_gates_are_refused_as_soon_as_too_many_are_seen(limits: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after gradients of a whole layer, which may not fit into memory."""
+    monkeypatch.setattr(condense, "_ROWS", 8)
+    monkeypatch.setattr(condense, "_CHUNK", 1)
+    program, region = program_of(Graph.of(mlp(6, 400, 3), (6,))), Region.of(certify.Ball(np.full(6, 0.3), 4.0, math.inf), 6)
+    right, seen = Program.back, []
+    monkeypatch.setattr(Program, "back", lambda self, value, rows, *rest: seen.append(len(rows)) or right(self, value, rows, *rest))
+    with pytest.raises(condense.TooManyGates, match="at least 3[1-8]"):
+        condense.condense(program, region, torch.eye(3, dtype=torch.float64), **limits)
+    assert sum(seen) <= 56
 
 
 def test_auto_on_the_command_line_says_what_it_takes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -725,6 +725,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a change of a buffer": (Counting, "one tensor"),
     "NaN": (lambda: Of(lambda x: (x + math.nan).relu()), "NaN"),
     "infinity": (lambda: Of(lambda x: (x * math.inf).relu()), "NaN or infinite"),
+    "an average of the other sign": (lambda: Of(lambda x: F.avg_pool2d(x.reshape(-1, 1, 2, 2), 2, divisor_override=-4).relu()), "a negative number"),
     "a clamp that crosses": (lambda: Of(lambda x: x.clamp(1.0, 0.0)), "clamps between"),
 }
 

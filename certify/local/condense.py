@@ -254,12 +254,14 @@ class _Sweep:
         low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
         self.total += len(low)
         index = torch.nonzero(_undecided(gate, low, high)).flatten()
-        layers = [self.sharpened(gate, signal, part, low, high) for part in index.split(self.batch) if len(part)]
-        layer = _joined(layers) if layers else None
-        silent = index[:0]
-        if layer is not None:
-            nothing = _silent(layer)
-            layer, silent = _part(layer, torch.nonzero(~nothing).flatten()), layer.index[nothing]
+        layers, silent = [], index[:0]
+        for part in index.split(self.batch):
+            found = self.sharpened(gate, signal, part, low, high)
+            nothing = _silent(found)
+            layers.append(_part(found, torch.nonzero(~nothing).flatten()))
+            silent = torch.cat([silent, found.index[nothing]])
+            self.admit(self.gates + sum(layer.count for layer in layers))
+        layer = _joined(layers)
         least, most = slopes(gate, low, high)
         slope, intercept = torch.where(least == most, least, 0.0), _intercept(gate, low, high)
         image_low, image_high = image(gate, low, high)
@@ -268,7 +270,7 @@ class _Sweep:
         self.products += 4
         value = signal.value.flatten() * slope + intercept
         cut, first = torch.zeros(0, dtype=torch.long), self.gates
-        if layer is not None and layer.count:
+        if layer.count:
             layer = dataclasses.replace(layer, ellipsoid=Ellipsoid.of(self.layers, layer, self.region))
             self.apart.append(layer if layer.ellipsoid is None else dataclasses.replace(layer, ellipsoid=None))
             self.layers.append(layer)
@@ -276,13 +278,16 @@ class _Sweep:
             cut = layer.index
             value[cut] = 0.0
             size[cut] = torch.maximum(image_low[cut].abs(), image_high[cut].abs())
-            if self.gates * (self.program.inputs + self.gates) > self.limit:
-                raise TooManyGates(f"{self.gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
-            if self.gates > self.most:
-                raise TooManyGates(f"{self.gates:,} gates are undecided on this region, and {self.most:,} at most were asked for; take a smaller region")
         self.bends[gate] = _Bend(slope.index_fill(0, cut, 0.0), torch.maximum(least.abs(), most.abs()), cut, slice(first, self.gates))
         shape = signal.value.shape
         return _Signal(value.reshape(shape), image_low.reshape(shape), image_high.reshape(shape), size.reshape(shape))
+
+    def admit(self, gates: int) -> None:
+        """Refuse more undecided gates than can be kept, or than were asked for, as soon as so many are seen."""
+        if gates * (self.program.inputs + gates) > self.limit:
+            raise TooManyGates(f"at least {gates:,} undecided gates on this region need more memory than allowed; take a smaller region")
+        if gates > self.most:
+            raise TooManyGates(f"at least {gates:,} gates are undecided on this region, and {self.most:,} at most were asked for; take a smaller region")
 
     def sharpened(self, gate: Gate, signal: _Signal, index: Tensor, low: Tensor, high: Tensor) -> Layer:
         """Sharpen the ranges of some entries of a gate's input by linear relaxations of the gates before them (CROWN); those that are still undecided."""

@@ -246,7 +246,9 @@ for _target in (_A.mean.dim, _A.sum.dim_IntList, _A.mean.default, _A.sum.default
 
 def _pooled(target: Any, adaptive: bool) -> None:
     def function(builder: _Builder, x: Ref, size: Sequence[int], *args: Any, **options: Any) -> Ref:
-        made = target(torch.zeros(x.shape, dtype=torch.float64), size, *args, **options)
+        made = target(torch.ones(x.shape, dtype=torch.float64), size, *args, **options)
+        if bool((made < 0).any()):
+            raise Refused("divides by a negative number; multiply by it afterwards")
         terms = max(math.prod(x.shape[2:]), math.prod(made.shape[2:])) if adaptive else math.prod(size)  # adaptive pools may also spread an entry
         return builder.affine([x], lambda value: target(value, size, *args, **options), terms=terms + 2)
 
