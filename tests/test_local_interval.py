@@ -138,7 +138,7 @@ def test_gates_are_refused_as_soon_as_too_many_are_seen(limits: dict[str, int], 
     program, region = program_of(Graph.of(mlp(6, 400, 3), (6,))), Region.of(certify.Ball(np.full(6, 0.3), 4.0, math.inf), 6)
     right, seen = Program.back, []
     monkeypatch.setattr(Program, "back", lambda self, value, rows, *rest: seen.append(len(rows)) or right(self, value, rows, *rest))
-    with pytest.raises(condense.TooManyGates, match="at least 3[1-8]"):
+    with pytest.raises(condense.TooManyGates, match=r"at least 3[1-8]"):
         condense.condense(program, region, torch.eye(3, dtype=torch.float64), **limits)
     assert sum(seen) <= 56
 

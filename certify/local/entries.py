@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from certify.local.condense import gate_ranges, slopes
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
+from certify.registry import Shape
 from sdp.proof import gamma
 
 _CHUNK = 2**22  # numbers of one batch of rows at the widest value
@@ -48,20 +50,18 @@ def by_intervals(
     rows: Tensor,  # (rows, outputs)
 ) -> tuple[Entries, int, int]:
     """Bounds of `rows @ J`, how many gates there are, and how many of them intervals leave undecided."""
-    ranges = gate_ranges(program, region, rows)
-    steep = [slopes(gate, low, high) for gate, low, high in ranges]
-    widest = max(math.prod(shape) for shape in program.shapes)
-    parts = [_back(program, steep, part) for part in rows.split(max(1, _CHUNK // widest))]
+    steep = {gate: slopes(gate, low, high) for gate, low, high in gate_ranges(program, region, rows)}
+    parts = [_back(program, steep, part) for part in rows.split(max(1, _CHUNK // program.widest))]
     low, high = (torch.cat(ends) for ends in zip(*parts, strict=True))
-    undecided = sum(int((least < most).sum()) for least, most in steep)
-    return Entries(low, high, torch.full((len(rows),), math.inf, dtype=torch.float64)), sum(len(low) for _, low, _ in ranges), undecided
+    undecided = sum(int((least < most).sum()) for least, most in steep.values())
+    return Entries(low, high, torch.full((len(rows),), math.inf, dtype=torch.float64)), sum(len(least) for least, _ in steep.values()), undecided
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Gradient:
     """Of some rows to one value: within `reach` of `middle`."""
 
-    middle: Tensor  # (rows, *shape of the value)
+    middle: Tensor  # (rows, entries of the value)
     reach: Tensor
 
     def __add__(self, other: _Gradient) -> _Gradient:
@@ -69,50 +69,30 @@ class _Gradient:
         return _Gradient(middle, (self.reach + other.reach) * (1 + 2.0**-50) + 2.0**-52 * middle.abs() + _TINY)
 
 
-def _back(program: Program, steep: list[tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor]:
+def _back(program: Program, steep: dict[Gate, tuple[Tensor, Tensor]], rows: Tensor) -> tuple[Tensor, Tensor]:
     """From the outputs to the input, step by step."""
-    start = rows.reshape(len(rows), *program.shapes[program.output])
-    found = {program.output: _Gradient(start, torch.zeros_like(start))}
-    left = list(steep)
-    for k in reversed(range(len(program.steps))):
-        step, gradient = program.steps[k], found.pop(k + 1, None)
-        if isinstance(step, Gate):
-            made = [] if gradient is None else [_bent(gradient, *left[-1])]
-            left.pop()
-        else:
-            made = [] if gradient is None else _transposed(step, [program.shapes[i] for i in step.inputs], gradient)
-        for value, part in zip(step.inputs, made, strict=False):
-            found[value] = found[value] + part if value in found else part
-    none = torch.zeros(len(rows), math.prod(program.input_shape), dtype=torch.float64)
-    to_input = found.get(0, _Gradient(none, none))
-    middle, reach = to_input.middle.flatten(1), to_input.reach.flatten(1) * (1 + 2.0**-50)
+    start, none = _Gradient(rows, torch.zeros_like(rows)), torch.zeros(len(rows), program.inputs, dtype=torch.float64)
+    to_input = program.follow_back(program.output, start, _transposed, lambda gate, gradient: _bent(gradient, *steep[gate])) or _Gradient(none, none)
+    middle, reach = to_input.middle, to_input.reach * (1 + 2.0**-50)
     room = 2.0**-52 * (middle.abs() + reach) + _TINY
     return middle - reach - room, middle + reach + room
 
 
 def _bent(gradient: _Gradient, least: Tensor, most: Tensor) -> _Gradient:
     """The products of all slopes between two numbers and all gradients in the range."""
-    shape = gradient.middle.shape
-    low, high = (gradient.middle - gradient.reach).flatten(1), (gradient.middle + gradient.reach).flatten(1)
+    low, high = gradient.middle - gradient.reach, gradient.middle + gradient.reach
     corners = [least * low, least * high, most * low, most * high]
     bottom, top = torch.stack(corners).amin(0), torch.stack(corners).amax(0)
     middle, size = bottom / 2 + top / 2, torch.maximum(bottom.abs(), top.abs())
     steepest = torch.maximum(least.abs(), most.abs())
-    lost = steepest * (gradient.middle.abs() + gradient.reach).flatten(1)  # `low` and `high` are rounded too
+    lost = steepest * (gradient.middle.abs() + gradient.reach)  # `low` and `high` are rounded too
     reach = torch.maximum(top - middle, middle - bottom) * (1 + 2.0**-50) + 2.0**-49 * (size + lost) + _TINY * (steepest > 0)
-    return _Gradient(middle.reshape(shape), reach.reshape(shape))
+    return _Gradient(middle, reach)
 
 
-@torch.enable_grad()
-def _transposed(step: Affine, shapes: list[tuple[int, ...]], gradient: _Gradient) -> list[_Gradient]:
+def _transposed(step: Affine, shapes: Sequence[Shape], gradient: _Gradient) -> list[_Gradient]:
     """Through an affine step: the middle by its transpose, the rest by that of its absolute values."""
-    leaves = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     room = 2 * gamma(step.terms + 12)
     reach = gradient.reach * (1 + room) + room * gradient.middle.abs()
-    value, size = step.apply(*leaves), step.size(*leaves)
-    middles, reaches = (torch.autograd.grad(of, leaves, by, is_grads_batched=True, allow_unused=True) for of, by in ((value, gradient.middle), (size, reach)))
-    made = []
-    for leaf, middle, around in zip(leaves, middles, reaches, strict=True):
-        none = torch.zeros(len(reach), *leaf.shape, dtype=torch.float64)
-        made.append(_Gradient(none if middle is None else middle, (none if around is None else around) * (1 + room) + _TINY))
-    return made
+    middles, reaches = step.back(gradient.middle, shapes, False), step.back(reach, shapes, True)
+    return [_Gradient(middle, around * (1 + room) + _TINY) for middle, around in zip(middles, reaches, strict=True)]

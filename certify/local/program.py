@@ -175,14 +175,19 @@ class Program:
 
     def back(self, value: int, rows: Tensor, gate: Callable[[Gate, Tensor], Tensor], absolute: bool = False) -> Tensor:  # (n, entries) -> (n, inputs)
         """What rows of gradients to a value are to the input; `gate` says what they are before a gate, for those behind it. `absolute` is for all steps."""
-        held = {value: rows} if len(rows) else {}
+        found = self.follow_back(value, rows, lambda step, shapes, behind: step.back(behind, shapes, absolute), gate) if len(rows) else None
+        return rows.new_zeros(len(rows), self.inputs) if found is None else found
+
+    def follow_back(self, value: int, start: _V, affine: Callable[[Affine, Sequence[Shape], _V], Sequence[_V]], gate: Callable[[Gate, _V], _V]) -> _V | None:
+        """The same for gradients of any kind that can be added; `affine` is told the shapes of what its step reads. None where the value has no input."""
+        held: dict[int, Any] = {value: start}
         for k in reversed(range(value)):
             if k + 1 in held:
-                step, rows = self.steps[k], held.pop(k + 1)
-                parts = step.back(rows, [self.shapes[i] for i in step.inputs], absolute) if isinstance(step, Affine) else [gate(step, rows)]
+                step, behind = self.steps[k], held.pop(k + 1)
+                parts = affine(step, [self.shapes[i] for i in step.inputs], behind) if isinstance(step, Affine) else [gate(step, behind)]
                 for i, part in zip(step.inputs, parts, strict=True):
                     held[i] = held[i] + part if i in held else part
-        return held[0] if 0 in held else rows.new_zeros(len(rows), self.inputs)
+        return held.get(0)
 
 
 def evaluate(activation: Activation, z: Tensor) -> Tensor:
