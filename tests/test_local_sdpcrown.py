@@ -285,6 +285,22 @@ def test_never_looser_and_larger_in_larger_balls() -> None:
     assert gained
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("steps", [0, 5])
+def test_ranges_behind_one_layer_are_never_looser_than_without_ellipsoids(seed: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With them the best slopes are elsewhere, and few steps may find less of them: both are searched."""
+    program = Program.of(stacked("relu", (8, 20, 20, 3), seed), (8,))
+    rows, region = torch.eye(3, dtype=DOUBLE), Region.of(certify.Ball(torch.linspace(-0.9, 0.9, 8, dtype=DOUBLE).numpy(), 1.0, 2), 8)
+    together = condense(program, region, rows, steps=steps).layers[1]
+    monkeypatch.setattr(Ellipsoid, "of", lambda *_: None)
+    alone = condense(program, region, rows, steps=steps).layers[1]
+    same = torch.isin(alone.index, together.index)
+    assert together.index.tolist() == alone.index[same].tolist()
+    assert (together.low >= alone.low[same]).all()
+    assert (together.high <= alone.high[same]).all()
+    assert (together.high - together.low < alone.high[same] - alone.low[same]).any()
+
+
 def test_only_relus_in_balls_of_l2() -> None:
     """Everything else is as it was."""
     for net, p in ((stacked("gelu", (4, 6, 3), 0), 2), (stacked("relu", (4, 6, 3), 0), 1), (stacked("relu", (4, 6, 3), 0), math.inf)):

@@ -303,9 +303,12 @@ class _Sweep:
         layer = _above(layer, bound(-layer.center, -layer.inputs, -layer.earlier))
         low[layer.index] = layer.low
         layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
-        if layer.count and self.layers and (self.steps or self.layers[-1].ellipsoid is not None):
+        ways = [self.apart] * (self.steps > 0) + [self.layers] * any(before.ellipsoid is not None for before in self.layers)  # neither is always the sharper
+        for layers in ways:
+            if not (layers and layer.count):
+                break
             center, inputs, earlier = (torch.cat([rows, -rows]) for rows in (layer.center, layer.inputs, layer.earlier))
-            top = tightened(self.layers, self.region, center, inputs, earlier, self.steps)
+            top = tightened(layers, self.region, center, inputs, earlier, self.steps)
             layer = _above(_below(layer, top[: layer.count]), top[layer.count :])
             low[layer.index], high[layer.index] = layer.low, layer.high
             layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
