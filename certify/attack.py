@@ -25,6 +25,7 @@ from certify.errors import CertifyError
 from certify.margins import Runs, logits
 from certify.opaque import runnable
 from certify.rounding import up
+from lipnet.checkpoint import first_line
 
 _CLEAR = 1e-6  # of the largest logit: what another class is to be ahead by, so that it is with another BLAS too, which may move a weight by some 1e-7
 _AHEAD = 1e-9  # and by what it has to be when a point is looked at again: far above the rounding of a forward pass in float64
@@ -137,6 +138,7 @@ class Foolbox(Attack):
         with torch.random.fork_rng([]), torch.enable_grad():
             torch.manual_seed(seed)
             if self.attack != "pgd":
+                _ascent(net, x, label, torch.tensor([label]))  # refuses a network without gradients
                 points = self._made(foolbox).run(model, rows, labels)
             else:
                 points = by_radius(lambda radius: self._made(foolbox).run(model, rows, labels, epsilon=radius), net, x, z, self.norm)
@@ -284,11 +286,15 @@ def flipped(
 
 
 def _ascent(net: nn.Module, points: Tensor, label: int, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits at some points, and the gradient of `z_target - z_label` (N, numbers of an input)."""
+    """The logits at some points, and the gradient of `z_target - z_label` (N, numbers of an input). Raises CertifyError for a network that has none."""
     with torch.enable_grad():
         points = points.detach().clone().requires_grad_()
-        z = net(points.clone())  # some networks work in place
-        (slope,) = torch.autograd.grad((z.gather(1, targets[:, None])[:, 0] - z[:, label]).sum(), points)
+        try:
+            z = net(points.clone())  # some networks work in place
+            (slope,) = torch.autograd.grad((z.gather(1, targets[:, None])[:, 0] - z[:, label]).sum(), points)
+        except RuntimeError as error:  # a change in place of what gradients need, or an output that is cut off from the input
+            why = f"attacks follow gradients, and torch finds none of this network ({first_line(error)})"
+            raise CertifyError(f"{why}; let its forward overwrite nothing, and pass on its input without rounding, detach and no_grad") from error
     return z.detach(), slope.flatten(1).nan_to_num()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from types import ModuleType
 
 import numpy as np
@@ -23,8 +24,9 @@ _DLR = 4  # classes that the difference of logits ratio needs
 class AutoAttack(Attack):
     """The four attacks of AutoAttack's standard version, for one radius at a time: that is doubled until one of them finds a point, then bisected.
 
-    APGD on cross-entropy, targeted APGD and targeted FAB (from four classes on, untargeted FAB below), and Square, for pictures. They keep to [0, 1] with and
-    without `clip`. With the default `steps=100` each is as in the standard version. Needs the extra `lipnet[attacks]`.
+    APGD on cross-entropy, targeted APGD and targeted FAB (from four classes on, untargeted FAB below), and Square, for pictures, in l2 of sizes it can tile
+    (28 and 32 are, 12 is not). They keep to [0, 1] with and without `clip`. With the default `steps=100` each is as in the standard version. Needs the extra
+    `lipnet[attacks]`.
     """
 
     restarts: int = dataclasses.field(default=1, kw_only=True)
@@ -41,7 +43,7 @@ class AutoAttack(Attack):
         if not (x.min() >= 0 and x.max() <= 1):
             raise CertifyError(f"AutoAttack is for inputs in [0, 1], got entries from {float(x.min()):g} to {float(x.max()):g}; take another attack")
         package, label, classes = _package(), int(np.argmax(z)), len(z)
-        attacks = ["apgd-ce", *(["apgd-t", "fab-t"] if classes >= _DLR else ["fab"]), *(["square"] if x.dim() == 4 else [])]
+        attacks = ["apgd-ce", *(["apgd-t", "fab-t"] if classes >= _DLR else ["fab"]), *(["square"] if x.dim() == 4 and _is_tiled(x, self.norm) else [])]
         rows, labels = x.float().expand(self.restarts, *x.shape[1:]).clone(), torch.full((self.restarts,), label)
 
         def run(radius: float) -> Tensor:
@@ -62,6 +64,14 @@ class AutoAttack(Attack):
 
         with torch.random.fork_rng([]), torch.enable_grad():
             return nearer(net, x, by_radius(run, net, x, z, self.norm), z)
+
+
+def _is_tiled(x: Tensor, norm: float) -> bool:
+    """Whether the tiles that Square starts from in l2, with sides of a fifth of the height and as many as fit, lie within the picture where it puts them."""
+    height, width = x.shape[2:]
+    side = height // 5
+    first = (height - 5 * side) // 2
+    return norm == math.inf or (side > 0 and all(first + length // side * side <= length for length in (height, width)))
 
 
 def _package() -> ModuleType:

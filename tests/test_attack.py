@@ -419,6 +419,11 @@ def test_autoattack_is_never_below_the_exact_distance_and_keeps_to_the_range(nor
     pictures = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()  # three classes, and Square beside the others
     (near,) = distances(pictures, torch.rand(1, 1, 6, 6), certify.AutoAttack(norm=norm, steps=5))
     assert 0 < near < math.inf
+    for height, width in ((4, 4), (5, 5), (12, 12), (28, 5), (1, 28)):  # of which the package can tile one in l2
+        (near,) = distances(
+            nn.Sequential(nn.Flatten(), nn.Linear(height * width, 3)).eval(), torch.full((1, 1, height, width), 0.4), certify.AutoAttack(norm=norm, steps=2)
+        )
+        assert near > 0
     with pytest.raises(CertifyError, match="AutoAttack is for inputs in"):
         certify.falsify(net, 3 * x, certify.AutoAttack(norm=norm, steps=steps))
 
@@ -442,6 +447,34 @@ class Moody(Spectrum):
 class Crowd(Spectrum):
     def forward(self, x):
         return super().forward(x - x.mean(0))
+
+
+class Rounded(Spectrum):
+    def forward(self, x):
+        return super().forward(x.round().long().to(x.dtype))
+
+
+class Overwritten(Spectrum):
+    def forward(self, x):
+        return super().forward(x.mul_(x))
+
+
+class Detached(Spectrum):
+    @torch.no_grad()
+    def forward(self, x):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [Rounded, Overwritten, Detached])
+def test_networks_without_gradients_are_refused_in_one_sentence(kind):
+    methods = [
+        certify.PGD(),
+        *([certify.Foolbox("ddn"), certify.Foolbox("pgd")] if has_foolbox() else []),
+        *([certify.AutoAttack()] if has_autoattack() else []),
+    ]
+    for method in methods:
+        with pytest.raises(CertifyError, match="attacks follow gradients, and torch finds none"):
+            certify.falsify(kind().eval(), torch.rand(1, 1, 4, 4), method)
 
 
 def test_what_can_only_be_run_is_attacked_too():
