@@ -124,3 +124,25 @@ def test_a_network_that_no_rule_knows_is_attacked_and_smoothed(tmp_path: pathlib
     assert {path.name for path in out.iterdir()} == {"attack", "smoothing", "report.html"}
     assert "margin is left out" in capsys.readouterr().err
     assert main(["check", str(out / "attack"), "--model", spec]) == Exit.DONE
+
+
+def test_a_method_that_stops_is_named_with_the_way_around_it(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import torch\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.head = torch.nn.Linear(64, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.head((4 * x).long().to(x.dtype))\n"
+        "def make():\n"
+        "    torch.manual_seed(0)\n"
+        "    return Net()\n"
+    )
+    out, spec, points = tmp_path / "a", f"{tmp_path / 'theirs.py'}:make", str(tmp_path / "points.npz")
+    np.savez(points, x=np.full((2, 64), 0.4, dtype=np.float32), y=np.array([0, 1]))  # one of the two is right
+    command = ["audit", spec, points, "-o", str(out), "--input-shape", "64", "--sigma", "0.1", "--levels", "0", "--n", "200", "--skip", "local"]
+    assert main(command) == Exit.ERROR
+    assert "attack: attacks follow gradients" in (said := capsys.readouterr().err)
+    assert "add --skip local,attack" in said
+    assert main([*command[:-1], "local,attack"]) == Exit.DONE

@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
         share = STAGES[name].share / sum(STAGES[other].share for other in chosen[position:])
         seconds = max(1.0, share * (end - time.monotonic()))
         note(f"{name}: up to {seconds:.0f} seconds")
-        if not _fill(name, args, seconds, count):
+        try:
+            done = _fill(name, args, seconds, count)
+        except CertifyError as error:
+            raise CertifyError(f"{name}: {error}; to audit by the others, add --skip {','.join([*args.skip, name])}") from error
+        if not done:
             note(f"{name}: not all inputs are done; repeat the command, or raise --budget, to go on")
     folders = [args.output / name for name in chosen]
     code = report.run(argparse.Namespace(folders=folders, html=args.output / "report.html", tsv=None, eps=args.eps, fail_under=args.fail_under, json=args.json))
