@@ -289,6 +289,10 @@ def test_the_slack_of_rows_counts() -> None:
         c = torch.randn(10, 3, dtype=DOUBLE) * (torch.rand(10, 3) < 0.6)
         slope = c * torch.rand(10, 3, dtype=DOUBLE) + torch.randn(10, 3, dtype=DOUBLE) * (torch.rand(10, 3) < 0.3)
         assert ((inside.relu() @ c.T - inside @ slope.T).amax(0) <= ellipsoid.intercepts(low, high, c, slope)).all()
+        g = torch.randn(10, 2, dtype=DOUBLE) * (torch.rand(10, 1) < 0.5)
+        most = (d @ g.T + z.relu() @ c.T).amax(0)
+        for part in (None, ellipsoid):
+            assert (most <= upper_bounds([dataclasses.replace(layer, ellipsoid=part)], region, torch.zeros(10, dtype=DOUBLE), g, c)).all()
         M, none = torch.randn(4, 3, dtype=DOUBLE), torch.zeros(4, dtype=DOUBLE)
         size = M.abs() @ torch.maximum(-layer.low, layer.high)
         behind = Layer(layer.gate, torch.arange(4), none, none, torch.zeros(4, 2, dtype=DOUBLE), M, size, -size, size)
