@@ -593,3 +593,32 @@ def test_the_slack_of_inputs_of_gates_counts_in_their_sum() -> None:
         most = (z[number] @ sums[0].T).amax(0) + sums[0].abs() @ layers[number].slack
         shown = [layers[k] if k == number else layer for k, layer in enumerate(made.layers)]
         assert (most <= coupled._of_inputs(made, shown, F.pad(sums, (6 * number, 6 - 6 * number)))[0]).all()
+
+
+@pytest.mark.parametrize("sizes", [(3, 8, 2), (3, 8, 8, 2), (5, 9, 9, 9, 3)])
+def test_in_fractions_rounding_leaves_no_gap(sizes: tuple[int, ...]) -> None:
+    """Where all slopes are known there is one Jacobian, and nothing but rounding between its bounds, which hold it exactly: entries, sums and norms."""
+    weights, center = random_weights(5, sizes)
+    made = condense.condense(chain(weights, RELU), Region.of(certify.Ball(center, 3.0, 2), sizes[0]), torch.eye(sizes[-1], dtype=torch.float64))
+    layers = tuple(dataclasses.replace(layer, low=torch.ones_like(layer.low), high=torch.full_like(layer.high, 2.0)) for layer in made.layers)
+    none = torch.zeros_like(made.gates), torch.zeros_like(made.inputs)
+    made = dataclasses.replace(made, layers=layers, slack_gates=none[0], slack_inputs=none[1], rounding=lambda largest: none)
+    jacobian = clarke.bound_jacobian(made)
+    low, high = (end.tolist() for end in jacobian.range)
+    torch.manual_seed(0)
+    w = torch.randn(20, sizes[0], dtype=torch.float64)
+    sums, norms = [jacobian.weighted(row.expand_as(none[1])).tolist() for row in w], [jacobian.row_norms(q).tolist() for q in (1.0, math.inf, 2.0)]
+    M = [row for layer in layers for row in layer.earlier.tolist()]
+    G = [row for layer in layers for row in layer.inputs.tolist()]
+    for row, (inputs, gates) in enumerate(zip(made.inputs.tolist(), made.gates.tolist(), strict=True)):
+        J, p = list(map(Fraction, inputs)), list(map(Fraction, gates))
+        for k in reversed(range(len(p))):
+            p[: len(M[k])] = [old + p[k] * Fraction(entry) for old, entry in zip(p, M[k], strict=False)]
+            J = [old + p[k] * Fraction(entry) for old, entry in zip(J, G[k], strict=True)]
+        assert all(Fraction(low[row][j]) <= entry <= Fraction(high[row][j]) for j, entry in enumerate(J))
+        assert all(high[row][j] - low[row][j] < 1e-10 * (1 + abs(entry)) for j, entry in enumerate(J))
+        for found, weight in zip(sums, w.tolist(), strict=True):
+            assert sum(Fraction(a) * b for a, b in zip(weight, J, strict=True)) <= Fraction(found[row])
+        assert sum(map(abs, J)) <= Fraction(norms[0][row])
+        assert max(map(abs, J)) <= Fraction(norms[1][row])
+        assert sum(entry**2 for entry in J) <= Fraction(norms[2][row]) ** 2
