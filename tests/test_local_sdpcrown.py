@@ -191,6 +191,28 @@ def test_in_fractions_the_largest_value_is_not_above() -> None:
         assert float(found) <= float(exact) * (1 + 1e-6)
 
 
+def test_in_fractions_large_terms_leave_no_gap() -> None:
+    """Sums whose terms are a billion times the radius are wrong by more than what the gates can add, at `d = 0` already; and centers behind a layer are too."""
+    torch.manual_seed(8)
+    n = 40
+    a = (torch.rand(n, dtype=DOUBLE) + 1) * 1e9
+    layer, ellipsoid = one_layer(torch.randn(n, 3, dtype=DOUBLE), a, 1e-12)
+    ellipsoid = dataclasses.replace(ellipsoid, slack=torch.zeros(n, dtype=DOUBLE))  # nothing was computed yet
+    c, share = torch.randn(60, n, dtype=DOUBLE), torch.rand(60, n, dtype=DOUBLE)
+    found = ellipsoid.intercepts(layer.low, layer.high, c, c * share).tolist()
+    rows = zip(c.tolist(), (c * share).tolist(), strict=True)
+    exact = [sum((Fraction(up) - Fraction(line)) * Fraction(z) for up, line, z in zip(*row, a.tolist(), strict=True)) for row in rows]
+    assert all(Fraction(most) >= value for most, value in zip(found, exact, strict=True))
+    size = c.abs() @ a
+    behind = Layer(layer.gate, torch.arange(60), size * 0, size * 0, torch.zeros(60, 3, dtype=DOUBLE), c, size, -size, size)
+    region = Region.of(certify.Ball(torch.zeros(3, dtype=DOUBLE).numpy(), 1e-12, 2), 3)
+    second = Ellipsoid.of([dataclasses.replace(layer, ellipsoid=ellipsoid)], behind, region)
+    assert second is not None
+    for row, center, slack in zip(c.tolist(), second.center.tolist(), second.slack.tolist(), strict=True):
+        value = sum(Fraction(weight) * Fraction(z) for weight, z in zip(row, a.tolist(), strict=True))
+        assert abs(value - Fraction(center)) <= Fraction(slack)
+
+
 def mutants(ellipsoid: Ellipsoid) -> Iterable[tuple[str, Ellipsoid]]:
     """With one part of it gone."""
     yield "overlap between gates", dataclasses.replace(ellipsoid, overlap=torch.diag(ellipsoid.overlap.diagonal()))
@@ -231,6 +253,61 @@ def test_what_earlier_gates_add_is_needed() -> None:
     for ellipsoid, inside in ((whole, True), (dataclasses.replace(whole, parts=whole.parts[:1], overlap=sdpcrown._overlap(whole.parts[:1])), False)):
         q = torch.ones(5, dtype=DOUBLE)
         assert bool(((z - ellipsoid.center) ** 2 @ (q / (ellipsoid.overlap @ q)) <= 1 + 1e-12).all()) == inside
+
+
+def test_slopes_between_the_center_and_the_range() -> None:
+    """`middle +- half` holds every secant of a ReLU from its center, and no more than from the steepest to the flattest."""
+    torch.manual_seed(6)
+    center = torch.cat([torch.randn(200, dtype=DOUBLE), torch.zeros(20, dtype=DOUBLE)])
+    layer, ellipsoid = one_layer(torch.randn(220, 2, dtype=DOUBLE), center, 1.0)
+    middle, half = ellipsoid.secants(layer.low, layer.high)
+    z = layer.low + torch.linspace(0, 1, 98, dtype=DOUBLE)[:, None] * (layer.high - layer.low)
+    secant = (z.relu() - center.relu()) / (z - center)
+    assert ((secant - middle).abs() <= half + 1e-12).all()
+    curved = center != 0
+    assert torch.allclose(secant.amin(0)[curved], (middle - half)[curved], atol=1e-9)
+    assert torch.allclose(secant.amax(0)[curved], (middle + half)[curved], atol=1e-9)
+
+
+def test_the_slack_of_rows_counts() -> None:
+    """Where z may be off by much, at every point that a node holds, and behind another layer; the center of a gate may be outside of the node."""
+    torch.manual_seed(7)
+    beyond = 0
+    for _ in range(20):
+        layer, _ = one_layer(torch.randn(3, 2, dtype=DOUBLE), 1.5 * torch.randn(3, dtype=DOUBLE), 1.0)
+        slack = torch.rand(3, dtype=DOUBLE)
+        layer = dataclasses.replace(layer, slack=slack, size=layer.size + slack, low=layer.low - slack, high=layer.high + slack)
+        region = Region.of(certify.Ball(torch.zeros(2, dtype=DOUBLE).numpy(), 1.0, 2), 2)
+        ellipsoid = Ellipsoid.of([], layer, region)
+        assert ellipsoid is not None
+        d = nn.functional.normalize(torch.randn(20_000, 2, dtype=DOUBLE))
+        z = layer.center + d @ layer.inputs.T + slack * (2 * torch.rand(20_000, 3, dtype=DOUBLE) - 1).mul(4).clamp(-1, 1)
+        side = z[0].sign() * (torch.rand(3) < 0.7)
+        low, high = torch.where(side > 0, layer.low.clamp(min=0), layer.low), torch.where(side < 0, layer.high.clamp(max=0), layer.high)
+        inside = z[((z >= low) & (z <= high)).all(dim=1)]
+        beyond += int(((layer.center < low) | (layer.center > high)).any())
+        c = torch.randn(10, 3, dtype=DOUBLE) * (torch.rand(10, 3) < 0.6)
+        slope = c * torch.rand(10, 3, dtype=DOUBLE) + torch.randn(10, 3, dtype=DOUBLE) * (torch.rand(10, 3) < 0.3)
+        assert ((inside.relu() @ c.T - inside @ slope.T).amax(0) <= ellipsoid.intercepts(low, high, c, slope)).all()
+        g = torch.randn(10, 2, dtype=DOUBLE) * (torch.rand(10, 1) < 0.5)
+        most = (d @ g.T + z.relu() @ c.T).amax(0)
+        for part in (None, ellipsoid):
+            assert (most <= upper_bounds([dataclasses.replace(layer, ellipsoid=part)], region, torch.zeros(10, dtype=DOUBLE), g, c)).all()
+        M, none = torch.randn(4, 3, dtype=DOUBLE), torch.zeros(4, dtype=DOUBLE)
+        size = M.abs() @ torch.maximum(-layer.low, layer.high)
+        behind = Layer(layer.gate, torch.arange(4), none, none, torch.zeros(4, 2, dtype=DOUBLE), M, size, -size, size)
+        second = Ellipsoid.of([dataclasses.replace(layer, ellipsoid=ellipsoid)], behind, region)
+        assert second is not None
+        off = ((z.relu() @ M.T - second.center).abs() - second.slack).clamp(min=0)
+        q = torch.rand(4, dtype=DOUBLE) ** 3
+        assert (off**2 @ (q / (second.overlap @ q)) <= 1 + 1e-12).all()
+    assert beyond > 3
+    one = torch.ones(1, dtype=DOUBLE)  # z = -1.5 + d + s with s up to 1, in the node z >= 0: -z is largest at d = 1 / 2, s = 1
+    layer, _ = one_layer(one[:, None], -1.5 * one, 1.0)
+    layer = dataclasses.replace(layer, slack=one, low=layer.low - 1, high=layer.high + 1)
+    ellipsoid = Ellipsoid.of([], layer, Region.of(certify.Ball(torch.zeros(1, dtype=DOUBLE).numpy(), 1.0, 2), 1))
+    assert ellipsoid is not None
+    assert float(ellipsoid.intercepts(0 * one, layer.high, 0 * one[None], one[None])) >= 0
 
 
 @pytest.mark.parametrize("proposed", [0.0, 1e-300, 1e-9, 1.0, 1e9, 1e300, math.inf, math.nan])

@@ -548,3 +548,77 @@ def test_where_time_is_short_radii_go_without_the_coupling(monkeypatch: pytest.M
     assert [name for name, _ in found] == ["coupled", "plain", None]
     assert found[0][1] >= found[1][1] * (1 - 0.1)
     assert all(reached > 0 for _, reached in found)
+
+
+@pytest.mark.parametrize("activations", [(RELU,), (TANH,), (SILU, RELU)])
+@pytest.mark.parametrize("radius", [1e-3, 0.4])
+def test_the_slack_of_gradients_counts(activations: tuple[Activation, ...], radius: float) -> None:
+    """Where gradients to gates and inputs may be off by much: at any point the largest `w J` over all such errors is `w J0 + V a + |slack| |a|`, a along w."""
+    weights, center = random_weights(3, (3, 8, 8, 2))
+    net = chain(weights, *activations)
+    made = condense.condense(net, Region.of(certify.Ball(center, radius, 2), 3), torch.eye(2, dtype=torch.float64))
+    torch.manual_seed(0)
+    off = torch.rand(2, made.undecided, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64) * 0.1
+    made = dataclasses.replace(made, slack_gates=off[0], slack_inputs=off[1], rounding=lambda largest: off)
+    bounded = clarke.bound_jacobian(made), coupled.bound_jacobian(made)
+    d = F.normalize(torch.randn(2000, 3, dtype=torch.float64)) * radius
+    d[:1000] *= torch.rand(1000, 1, dtype=torch.float64)
+    unit = torch.eye(3, dtype=torch.float64)
+    for w in (*unit, *-unit, *torch.randn(10, 3, dtype=torch.float64)):
+        p = along = torch.zeros(2000, 0, dtype=torch.float64)
+        for layer in made.layers:
+            z = layer.center + d @ layer.inputs.T + p @ layer.earlier.T
+            slope = torch.autograd.functional.jvp(FUNCTIONS[layer.gate.activation], z, torch.ones_like(z))[1]
+            along = torch.cat([along, slope * (layer.inputs @ w + along @ layer.earlier.T)], dim=1)
+            p = torch.cat([p, FUNCTIONS[layer.gate.activation](z)], dim=1)
+        most = (made.inputs @ w + along @ made.gates.T + along.abs() @ off[0].T + off[1] @ w.abs()).amax(0)
+        for jacobian in bounded:
+            low, high = jacobian.range
+            assert (most <= jacobian.weighted(w.expand(2, 3)) + 1e-9).all()
+            assert (most <= high @ w.clamp(min=0) + low @ w.clamp(max=0) + 1e-9).all()
+    assert made.undecided or radius < 0.4
+
+
+def test_the_slack_of_inputs_of_gates_counts_in_their_sum() -> None:
+    """At every point, `weights z` with each z off by all of its slack, whichever gates are summed."""
+    weights, center = random_weights(4, (3, 6, 6, 2))
+    made = condense.condense(chain(weights, TANH), Region.of(certify.Ball(center, 1e-2, 2), 3), torch.eye(2, dtype=torch.float64))
+    torch.manual_seed(0)
+    layers = tuple(dataclasses.replace(layer, slack=torch.rand(layer.count, dtype=torch.float64)) for layer in made.layers)
+    d = F.normalize(torch.randn(2000, 3, dtype=torch.float64)) * 1e-2
+    first = layers[0].center + d @ layers[0].inputs.T
+    z = first, layers[1].center + d @ layers[1].inputs.T + first.tanh() @ layers[1].earlier.T
+    for number in (0, 1):
+        sums = torch.randn(1, 20, 6, dtype=torch.float64)
+        most = (z[number] @ sums[0].T).amax(0) + sums[0].abs() @ layers[number].slack
+        shown = [layers[k] if k == number else layer for k, layer in enumerate(made.layers)]
+        assert (most <= coupled._of_inputs(made, shown, F.pad(sums, (6 * number, 6 - 6 * number)))[0]).all()
+
+
+@pytest.mark.parametrize("sizes", [(3, 8, 2), (3, 8, 8, 2), (5, 9, 9, 9, 3)])
+def test_in_fractions_rounding_leaves_no_gap(sizes: tuple[int, ...]) -> None:
+    """Where all slopes are known there is one Jacobian, and nothing but rounding between its bounds, which hold it exactly: entries, sums and norms."""
+    weights, center = random_weights(5, sizes)
+    made = condense.condense(chain(weights, RELU), Region.of(certify.Ball(center, 3.0, 2), sizes[0]), torch.eye(sizes[-1], dtype=torch.float64))
+    layers = tuple(dataclasses.replace(layer, low=torch.ones_like(layer.low), high=torch.full_like(layer.high, 2.0)) for layer in made.layers)
+    none = torch.zeros_like(made.gates), torch.zeros_like(made.inputs)
+    made = dataclasses.replace(made, layers=layers, slack_gates=none[0], slack_inputs=none[1], rounding=lambda largest: none)
+    jacobian = clarke.bound_jacobian(made)
+    low, high = (end.tolist() for end in jacobian.range)
+    torch.manual_seed(0)
+    w = torch.randn(20, sizes[0], dtype=torch.float64)
+    sums, norms = [jacobian.weighted(row.expand_as(none[1])).tolist() for row in w], [jacobian.row_norms(q).tolist() for q in (1.0, math.inf, 2.0)]
+    M = [row for layer in layers for row in layer.earlier.tolist()]
+    G = [row for layer in layers for row in layer.inputs.tolist()]
+    for row, (inputs, gates) in enumerate(zip(made.inputs.tolist(), made.gates.tolist(), strict=True)):
+        J, p = list(map(Fraction, inputs)), list(map(Fraction, gates))
+        for k in reversed(range(len(p))):
+            p[: len(M[k])] = [old + p[k] * Fraction(entry) for old, entry in zip(p, M[k], strict=False)]
+            J = [old + p[k] * Fraction(entry) for old, entry in zip(J, G[k], strict=True)]
+        assert all(Fraction(low[row][j]) <= entry <= Fraction(high[row][j]) for j, entry in enumerate(J))
+        assert all(high[row][j] - low[row][j] < 1e-10 * (1 + abs(entry)) for j, entry in enumerate(J))
+        for found, weight in zip(sums, w.tolist(), strict=True):
+            assert sum(Fraction(a) * b for a, b in zip(weight, J, strict=True)) <= Fraction(found[row])
+        assert sum(map(abs, J)) <= Fraction(norms[0][row])
+        assert max(map(abs, J)) <= Fraction(norms[1][row])
+        assert sum(entry**2 for entry in J) <= Fraction(norms[2][row]) ** 2
