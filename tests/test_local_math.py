@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import certify
 import lipnet
-from certify.local import clarke, condense, crown, norms, operators, program, region, relax
+from certify.local import clarke, condense, crown, layer, norms, operators, program, region, relax
 from certify.local.program import Affine, Program, Ref
 from certify.local.region import Region
 from sdp.activation import GELU, RELU, SIGMOID, SILU, TANH, Activation
@@ -651,13 +651,16 @@ def _no_shift(lines: relax.Lines) -> relax.Lines:
     return dataclasses.replace(lines, low_shift=torch.zeros_like(lines.low_shift), high_shift=torch.zeros_like(lines.high_shift))
 
 
+def _decide(patch: pytest.MonkeyPatch, slopes: Callable[[program.Gate, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+    for module in (layer, condense):
+        patch.setattr(module, "slopes", slopes)
+
+
 MUTATIONS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no shifts of the product": lambda patch: patch.setattr(clarke, "of_product", lambda *args: _no_shift(relax.of_product(*args))),
     "a slope too small": lambda patch: patch.setattr(clarke, "of_product", lambda a, b, low, high: relax.of_product(a, 0.5 * b, low, high)),
     "a sign turned": lambda patch: patch.setattr(clarke, "of_product", lambda a, b, low, high: relax.of_product(a, b, -high, -low)),
-    "gates decided by their center": lambda patch: patch.setattr(
-        condense, "slopes", lambda gate, low, high: (((low + high) > 0).double(), ((low + high) > 0).double())
-    ),
+    "gates decided by their center": lambda patch: _decide(patch, lambda gate, low, high: (((low + high) > 0).double(), ((low + high) > 0).double())),
     "half the region": lambda patch: patch.setattr(Region, "of", classmethod(lambda cls, d, n, of=Region.of: of(certify.Ball(d.center, d.radius / 2, d.p), n))),
 }
 
@@ -677,7 +680,7 @@ def test_strict_decisions_only_loosen(monkeypatch: pytest.MonkeyPatch) -> None:
     def strict(gate: program.Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return (low > 1e-9).double(), (high > -1e-9).double()
 
-    monkeypatch.setattr(condense, "slopes", strict)
+    _decide(monkeypatch, strict)
     loose = bounds(chain(weights, "relu"), ball)
     monkeypatch.undo()
     # IBP rounds outward, so the ends are moved by more than that; the decision itself is closed
@@ -685,9 +688,9 @@ def test_strict_decisions_only_loosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert float(loose.row_norms(1)[0]) == pytest.approx(3.0)
     gate = program.Gate("", 0, RELU)
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    assert not condense._undecided(gate, zero, one).any()
-    assert not condense._undecided(gate, -one, zero).any()
-    assert condense._undecided(gate, -one, one).all()
+    assert not layer.undecided(gate, zero, one).any()
+    assert not layer.undecided(gate, -one, zero).any()
+    assert layer.undecided(gate, -one, one).all()
 
 
 # --- what a forward may do ------------------------------------------------------------------------------------------------------------------------
@@ -761,10 +764,10 @@ def test_hooks_and_a_forward_of_its_own_are_seen() -> None:
 
 
 def orthogonal() -> nn.Module:
-    layers = [layer for _ in range(4) for layer in (nn.Linear(4, 4), nn.ReLU())]
+    layers = [part for _ in range(4) for part in (nn.Linear(4, 4), nn.ReLU())]
     torch.manual_seed(0)
-    for layer in layers[::2]:
-        nn.init.orthogonal_(layer.weight)
+    for linear in layers[::2]:
+        nn.init.orthogonal_(linear.weight)
     return nn.Sequential(*layers, nn.Linear(4, 2)).eval()
 
 

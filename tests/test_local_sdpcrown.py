@@ -15,8 +15,9 @@ import certify
 import lipnet
 from certify.local import sdpcrown
 from certify.local.alpha import tightened
-from certify.local.condense import Condensed, Layer, condense
+from certify.local.condense import Condensed, condense
 from certify.local.crown import upper_bounds
+from certify.local.layer import Layer
 from certify.local.program import Gate, Program
 from certify.local.region import Region
 from certify.local.sdpcrown import Ellipsoid

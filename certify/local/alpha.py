@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from certify.local.crown import Relaxed, first_slopes, upper_bounds
+from certify.local.crown import first_slopes, upper_bounds
+from certify.local.layer import Layer
 from certify.local.region import Region
 
 _CHUNK = 2**22  # numbers in the slopes and coefficients of one batch of rows
@@ -21,7 +22,7 @@ _MEAN, _SQUARE = 0.8, 0.95  # how much of the past Adam keeps
 
 
 def tightened(
-    layers: Sequence[Relaxed],
+    layers: Sequence[Layer],
     region: Region,
     center: Tensor,  # (rows,)
     inputs: Tensor,  # (rows, inputs)
@@ -36,7 +37,7 @@ def tightened(
     return torch.cat([_descent(layers, region, *part, steps) for part in parts])
 
 
-def _descent(layers: Sequence[Relaxed], region: Region, center: Tensor, inputs: Tensor, gates: Tensor, steps: int) -> Tensor:
+def _descent(layers: Sequence[Layer], region: Region, center: Tensor, inputs: Tensor, gates: Tensor, steps: int) -> Tensor:
     """Adam on the slopes of all rows at once: they do not depend on each other, and its steps do not depend on their scales."""
     first = first_slopes(layers, gates)
     free = torch.cat([torch.full_like(layer.center, float(layer.through_zero)) for layer in layers])
@@ -53,7 +54,7 @@ def _descent(layers: Sequence[Relaxed], region: Region, center: Tensor, inputs: 
     return best
 
 
-def rate_of(layers: Sequence[Relaxed], rate: float) -> float:
+def rate_of(layers: Sequence[Layer], rate: float) -> float:
     """Of the first step for slopes: small where gates share an ellipsoid, as the best slopes are then inside of [0, 1] rather than at its ends."""
     return min(rate, _RATE_TOGETHER) if any(layer.ellipsoid is not None for layer in layers) else rate
 

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from certify.errors import CertifyError
 from certify.local.clarke import Jacobian, bound_jacobian, with_slack
-from certify.local.condense import Condensed, Layer, condense
+from certify.local.condense import Condensed, condense
 from certify.local.crown import linear_upper_bounds
 from certify.local.directed import upward
 from certify.local.halfspaces import HalfSpaces, excludes, into, propose
+from certify.local.layer import Layer
 from certify.local.nodes import Nodes
 from certify.local.program import Program
 from certify.local.region import Region

@@ -12,9 +12,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,9 +20,9 @@ from certify.errors import CertifyError
 from certify.local.alpha import tightened
 from certify.local.crown import upper_bounds
 from certify.local.directed import downward, upward
+from certify.local.layer import Layer, image, intercept_of, joined, slopes, undecided
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
-from certify.local.relax import Lines, of_gate
 from certify.local.sdpcrown import Ellipsoid
 from sdp.activation import RELU
 from sdp.proof import gamma
@@ -33,49 +31,7 @@ _TINY = 2.0**-500  # above all that underflow can change: 2^-1074 by operation, 
 _GROWTH = 2.0**200
 _REACH = 2.0**100
 _CHUNK = 2**17  # numbers of a value in one batch of gradients: they stay in the cache of the processor
-_FIELDS = ("index", "center", "slack", "inputs", "earlier", "size", "low", "high")  # of a layer, by gate
 _ROWS = 64  # of gradients in the smallest batch, so that weights are not read too often
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Layer:
-    """The undecided gates of one step: `z = center + G d + M p +- slack`, with p the outputs of all undecided gates before them."""
-
-    gate: Gate
-    index: Tensor  # (n,) which entries of the gate's input
-    center: Tensor  # (n,)
-    slack: Tensor  # (n,)
-    inputs: Tensor  # (n, inputs): G
-    earlier: Tensor  # (n, gates before): M
-    size: Tensor  # (n,) at least |center| + |G| |d| + |M| |p|
-    low: Tensor  # (n,) bounds of z on the region
-    high: Tensor
-    ellipsoid: Ellipsoid | None = None  # where all z are together on the region
-
-    @property
-    def count(self) -> int:
-        return len(self.index)
-
-    @functools.cached_property
-    def lines(self) -> Lines:
-        """Around each p."""
-        return of_gate(self.gate.activation, self.low, self.high)
-
-    @property
-    def through_zero(self) -> bool:
-        """Whether `slope z` is below p for every slope between 0 and 1."""
-        return self.gate.activation == RELU
-
-    @functools.cached_property
-    def peak(self) -> Tensor:
-        """At least |p|."""
-        low, high = image(self.gate, self.low, self.high)
-        return torch.maximum(low.abs(), high.abs())
-
-    @functools.cached_property
-    def slopes(self) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest slope of each gate."""
-        return slopes(self.gate, self.low, self.high)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -253,17 +209,17 @@ class _Sweep:
         """Decide what the range decides, sharpen the range of the rest, and cut what is still undecided."""
         low, high = signal.low.flatten().clone(), signal.high.flatten().clone()
         self.total += len(low)
-        index = torch.nonzero(_undecided(gate, low, high)).flatten()
+        index = torch.nonzero(undecided(gate, low, high)).flatten()
         layers, silent = [], index[:0]
         for part in index.split(self.batch):
             found = self.sharpened(gate, signal, part, low, high)
             nothing = _silent(found)
-            layers.append(_part(found, torch.nonzero(~nothing).flatten()))
+            layers.append(found.part(torch.nonzero(~nothing).flatten()))
             silent = torch.cat([silent, found.index[nothing]])
             self.admit(self.gates + sum(layer.count for layer in layers))
-        layer = _joined(layers)
+        layer = joined(layers)
         least, most = slopes(gate, low, high)
-        slope, intercept = torch.where(least == most, least, 0.0), _intercept(gate, low, high)
+        slope, intercept = torch.where(least == most, least, 0.0), intercept_of(gate, low, high)
         image_low, image_high = image(gate, low, high)
         size = slope.abs() * signal.size.flatten() + intercept.abs()
         size[silent] = signal.size.flatten()[silent]  # relu of what is 0 but for rounding: its error is no more than that of its input
@@ -299,10 +255,10 @@ class _Sweep:
         layer = _below(layer, bound(layer.center, layer.inputs, layer.earlier))
         high[index] = layer.high
         if gate.activation == RELU:  # one that is shut needs no bound from below
-            layer = _part(layer, torch.nonzero(~(layer.high <= 0)).flatten())
+            layer = layer.part(torch.nonzero(~(layer.high <= 0)).flatten())
         layer = _above(layer, bound(-layer.center, -layer.inputs, -layer.earlier))
         low[layer.index] = layer.low
-        layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
+        layer = layer.part(torch.nonzero(undecided(gate, layer.low, layer.high)).flatten())
         ways = [self.apart] * (self.steps > 0) + [self.layers] * any(before.ellipsoid is not None for before in self.layers)  # neither is always the sharper
         for layers in ways:
             if not (layers and layer.count):
@@ -311,7 +267,7 @@ class _Sweep:
             top = tightened(layers, self.region, center, inputs, earlier, self.steps)
             layer = _above(_below(layer, top[: layer.count]), top[layer.count :])
             low[layer.index], high[layer.index] = layer.low, layer.high
-            layer = _part(layer, torch.nonzero(_undecided(gate, layer.low, layer.high)).flatten())
+            layer = layer.part(torch.nonzero(undecided(gate, layer.low, layer.high)).flatten())
         return layer
 
     def gradients(self, value: int, rows: Tensor) -> tuple[Tensor, Tensor]:  # (n, entries) -> (n, inputs), (n, gates)
@@ -384,50 +340,9 @@ def _above(layer: Layer, top: Tensor) -> Layer:
     return dataclasses.replace(layer, low=torch.fmax(layer.low, downward(-top - layer.slack)))
 
 
-def _joined(layers: Sequence[Layer]) -> Layer:
-    """One layer of several."""
-    fields: dict[str, Any] = {name: torch.cat([getattr(layer, name) for layer in layers]) for name in _FIELDS}
-    return layers[0] if len(layers) == 1 else dataclasses.replace(layers[0], **fields)
-
-
-def _part(layer: Layer, keep: Tensor) -> Layer:
-    """Some of its gates."""
-    return layer if len(keep) == layer.count else dataclasses.replace(layer, **{name: getattr(layer, name)[keep] for name in _FIELDS})
-
-
 def _silent(layer: Layer) -> Tensor:
     """The ReLUs of what is computed as the constant 0, such as a tie of two that are shut: nothing but rounding, and so are their gradients."""
     nothing = (layer.center == 0) & (layer.gate.activation == RELU)
     some = torch.nonzero(nothing).flatten()
     nothing[some] = ~layer.inputs[some].any(dim=1) & ~layer.earlier[some].any(dim=1)
     return nothing
-
-
-def _numpy(function: Callable[..., tuple[np.ndarray, np.ndarray]], low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = function(low.numpy(), high.numpy())
-    return torch.from_numpy(np.ascontiguousarray(first)), torch.from_numpy(np.ascontiguousarray(second))
-
-
-def slopes(gate: Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest slope of each entry of a gate on its range."""
-    if gate.activation == RELU:
-        return (low >= 0).double(), (high > 0).double() + ((low >= 0) & (high <= 0)).double()
-    return _numpy(gate.activation.slopes, low, high)
-
-
-def image(gate: Gate, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """A range of its values."""
-    if gate.activation == RELU:
-        return low.clamp(min=0), high.clamp(min=0)
-    return _numpy(gate.activation.image, low, high)
-
-
-def _undecided(gate: Gate, low: Tensor, high: Tensor) -> Tensor:
-    """The entries that are not one line on their range."""
-    least, most = slopes(gate, low, high)
-    return most > least
-
-
-def _intercept(gate: Gate, low: Tensor, high: Tensor) -> Tensor:
-    """`p - slope z` of the entries that are one line on their range; 0 for the others."""
-    return torch.zeros_like(low) if gate.activation == RELU else torch.from_numpy(gate.activation.intercept(low.numpy(), high.numpy()))

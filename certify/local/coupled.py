@@ -17,7 +17,8 @@ from torch import Tensor
 
 from certify.local import clarke, crown
 from certify.local.clarke import Jacobian
-from certify.local.condense import Condensed, Layer
+from certify.local.condense import Condensed
+from certify.local.layer import Layer
 from certify.local.norms import Bounded
 from certify.local.relax import Planes, flat, of_coupled_product, of_product, of_slope
 from sdp.activation import Smooth

@@ -4,47 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from certify.local.layer import Layer
 from certify.local.region import Region
-from certify.local.relax import Lines, above_relu
-from certify.local.sdpcrown import Ellipsoid
+from certify.local.relax import above_relu
 from sdp.proof import gamma
 
 
-class Relaxed(Protocol):
-    """What is used of a layer of gates: `z = center + G d + M p +- slack`, and the lines around each p."""
-
-    @property
-    def center(self) -> Tensor: ...
-    @property
-    def slack(self) -> Tensor: ...
-    @property
-    def inputs(self) -> Tensor: ...
-    @property
-    def earlier(self) -> Tensor: ...
-    @property
-    def size(self) -> Tensor: ...
-    @property
-    def peak(self) -> Tensor: ...
-    @property
-    def low(self) -> Tensor: ...
-    @property
-    def high(self) -> Tensor: ...
-    @property
-    def lines(self) -> Lines: ...
-    @property
-    def ellipsoid(self) -> Ellipsoid | None: ...
-    @property
-    def through_zero(self) -> bool:
-        """Whether `slope z` is below p for every slope between 0 and 1."""
-
-
 def upper_bounds(
-    layers: Sequence[Relaxed],
+    layers: Sequence[Layer],
     region: Region,
     center: Tensor,  # (rows,)
     inputs: Tensor,  # (rows, inputs)
@@ -57,7 +28,7 @@ def upper_bounds(
 
 
 def linear_upper_bounds(
-    layers: Sequence[Relaxed],
+    layers: Sequence[Layer],
     region: Region,
     center: Tensor,  # (rows,)
     inputs: Tensor,  # (rows, inputs)
@@ -90,7 +61,7 @@ def linear_upper_bounds(
     return constant + 2 * gamma(terms) * size, g
 
 
-def first_slopes(layers: Sequence[Relaxed], gates: Tensor) -> Tensor:  # (rows, gates of the layers)
+def first_slopes(layers: Sequence[Layer], gates: Tensor) -> Tensor:  # (rows, gates of the layers)
     """The slopes with which `upper_bounds` gives what it gives without any."""
     c, stop, found = gates, gates.shape[-1], []
     for layer in reversed(layers):

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from certify.local.alpha import Adam, rate_of, tightened
-from certify.local.condense import Condensed, Layer
+from certify.local.condense import Condensed
 from certify.local.crown import first_slopes, upper_bounds
 from certify.local.directed import upward
 from certify.local.halfspaces import into
+from certify.local.layer import Layer
 from certify.local.nodes import Nodes
 from sdp.proof import gamma
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from certify.local.condense import gate_ranges, slopes
+from certify.local.condense import gate_ranges
+from certify.local.layer import slopes
 from certify.local.program import Affine, Gate, Program
 from certify.local.region import Region
 from certify.registry import Shape

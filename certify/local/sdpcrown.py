@@ -16,11 +16,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from certify.local.layer import Layer
 from certify.local.region import Region
 from sdp.proof import gamma
 
@@ -29,27 +29,6 @@ _LEAST = 2.0**-100  # of the largest q, of the radius, and to the fourth of lamb
 _CHUNK = 2**20  # numbers in one batch of rows
 _TRIES = 3  # of lambda
 _ROOM = 2.0**-48  # relative, for the few roundings of one number
-
-
-class Gates(Protocol):
-    """What is used of a layer of gates: `z = center + G d + M p +- slack` in the range from low to high."""
-
-    @property
-    def center(self) -> Tensor: ...
-    @property
-    def slack(self) -> Tensor: ...
-    @property
-    def inputs(self) -> Tensor: ...
-    @property
-    def earlier(self) -> Tensor: ...
-    @property
-    def low(self) -> Tensor: ...
-    @property
-    def high(self) -> Tensor: ...
-    @property
-    def through_zero(self) -> bool: ...
-    @property
-    def ellipsoid(self) -> Ellipsoid | None: ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +42,7 @@ class Ellipsoid:
     radius: float
 
     @classmethod
-    def of(cls, layers: Sequence[Gates], layer: Gates, region: Region) -> Ellipsoid | None:
+    def of(cls, layers: Sequence[Layer], layer: Layer, region: Region) -> Ellipsoid | None:
         """Of a layer behind others. None where the region is in no ball of l2, or one of the layers has gates that are no ReLUs."""
         if region.p != 2 or not _LEAST < region.radius < math.inf or not layer.through_zero:
             return None
