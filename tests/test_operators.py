@@ -129,6 +129,9 @@ NONLINEAR = {
     "softmax": (lambda self, x: functional.softmax(x, dim=1), 0.5),
     "max pool": (lambda self, x: functional.max_pool2d(x, (2, 1), 1), math.sqrt(2)),
     "layer norm": (lambda self, x: functional.layer_norm(x, (3, 2), eps=0.04), 5.0),
+    "maximum": (lambda self, x: torch.maximum(x, -2 * x), math.sqrt(5)),
+    "minimum of what is spread": (lambda self, x: torch.minimum(x[..., :1], 3 * x), math.sqrt(2 + 9)),
+    "maximum with stored numbers": (lambda self, x: 2 * torch.maximum(self.column, x).minimum(self.column + 1), 2.0),
     "in place": (lambda self, x: functional.relu(x + 0, inplace=True), 1.0),
 }
 
@@ -193,6 +196,7 @@ def test_lipsdp_sees_functions_between_nonlinearities():
         (lambda self, x: x / 0.0, "larger numbers"),
         (lambda self, x: x / torch.relu(self.column), "larger numbers"),
         (lambda self, x: x * float("nan"), "NaN"),
+        (lambda self, x: torch.maximum(x, self.column / 0), "finite numbers"),
         (lambda self, x: functional.scaled_dot_product_attention(x, x, x), "attention multiplies"),
         (lambda self, x: torch.matmul(x, x.transpose(2, 3)), "product of two signals"),
         (lambda self, x: functional.glu(x, 1), "gate"),

@@ -148,6 +148,17 @@ def _concatenate(call: Call) -> Bound:
     return bounds[0] if len(bounds) == 1 else beside(bounds)
 
 
+@register_operator(torch.maximum, torch.minimum, "maximum", "minimum")
+def _larger(call: Call) -> Bound:
+    """Entry by entry the larger or the smaller: of two signals it moves no more than both beside each other, with a stored tensor no more than the signal."""
+    _no_options(call.name, call.options)
+    stored = [arg for arg in call.args if isinstance(arg, Tensor)]
+    if len(call.args) != 2 or len(call.bounds) + len(stored) != 2 or not all(torch.isfinite(numbers).all() for numbers in stored):
+        raise _refuse(call.name, "is known of two signals, and of a signal and a stored tensor of finite numbers")
+    bounds = _spread(call)
+    return bounds[0] if len(bounds) == 1 else beside(bounds)
+
+
 @register_operator(torch.mean, "mean", torch.sum, "sum")
 def _reduce(call: Call) -> Bound:
     """Sums of so many entries each: their root; of means, one over it."""
