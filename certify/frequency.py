@@ -290,8 +290,8 @@ class ConvNet:
         self._check_work((found[0], found[1]))
         return found[0], found[1]
 
-    def _check_work(self, torus: tuple[int, int]) -> None:
-        """Refuse what would take too long, with numbers, before anything is computed."""
+    def size(self, torus: tuple[int, int]) -> tuple[int, int]:
+        """Signals at each frequency of a torus, and how many frequencies it has."""
         down, across = (_phases([getattr(step, axis) for step in self.convolutions]) for axis in ("rows", "columns"))
         level, channels = 0, self.channels
         signals = channels * down[0] * across[0]
@@ -300,10 +300,15 @@ class ConvNet:
                 level, channels = level + 1, len(step.kernel)
             else:
                 signals += channels * down[level] * across[level]
-        numbers = signals**2 * torus[0] * (torus[1] // 2 + 1)
+        return signals, torus[0] * (torus[1] // 2 + 1)
+
+    def _check_work(self, torus: tuple[int, int]) -> None:
+        """Refuse what would take too long, with numbers, before anything is computed."""
+        signals, frequencies = self.size(torus)
+        numbers = signals**2 * frequencies
         if signals > _SIGNALS or numbers > _NUMBERS:
             why = (
-                f"has {signals} signals at each of {torus[0] * (torus[1] // 2 + 1)} frequencies; LipSDPFrequency takes up to {_SIGNALS} signals and "
+                f"has {signals} signals at each of {frequencies} frequencies; LipSDPFrequency takes up to {_SIGNALS} signals and "
                 f"{_NUMBERS} numbers in all matrices together, so take Layerwise(), or a smaller image or total stride"
             )
             raise Unsupported([Problem("", "the network", why)])

@@ -244,6 +244,20 @@ def test_durations_are_in_the_unit_that_fits():
     assert [duration_text(seconds) for seconds in (0.2, 31, 200, 10_000, 345_600, 1e8)] == texts
 
 
+def test_inspect_says_what_frequencies_cost(tmp_path, capsys):
+    """One channel and two, on a torus of 4 x 4 after a stride of two: 1 x 2 x 2 phases of the input and 2 of the gates, at 4 x 3 frequencies."""
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Conv2d(1, 2, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))\n"
+    )
+    command = ["inspect", f"{tmp_path}/net.py:make", "--input-shape", "1,8,8"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["certifiers"]["frequency"]
+    assert (found["applies"], found["signals"], found["frequencies"], found["mebibytes"]) == (True, 1 * 2 * 2 + 2, 4 * 3, 1)
+    assert found["seconds"] > 0
+    assert main(command) == 0
+    assert "certifier frequency: applies; at each of 12 frequencies 6 signals, about 1 MiB and" in " ".join(capsys.readouterr().out.split())
+
+
 def test_inspect_says_which_semidefinite_certifiers_apply(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("certify.lure.lowering._LOOKED_AT", 60)
     start = "import lipnet\nfrom torch import nn\ndef make():\n    return "

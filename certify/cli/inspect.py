@@ -22,6 +22,7 @@ HELP = "Show the layers of a model, its input, and which certifiers apply."
 _COPIES = 100_000  # of an input, as the published tables of smoothing have
 _UNDECIDED = 1000  # gates of a ball whose cost is predicted
 _LIPSDP = 3e4  # operations of its solver over the cube of its signals: 2.1e4 to 3.6e4 on chains of 89 and 217 signals
+_FREQUENCY, _AT_LEAST = 6e3, 0.05  # the same at each frequency, and seconds: within a factor of three of what chains of 25 to 144 signals took
 _LOWRANK = 100  # ... of that of the relaxation over the cube of its constraints: 70 to 145 at 40 and 60 neurons
 EPILOG = "example:\n  certify inspect runs/demo/sandwich.safetensors"
 
@@ -70,8 +71,8 @@ def _cost_text(method: str, verdict: Mapping[str, Any]) -> str:
     if "signals" in verdict and verdict["signals"] is None:
         parts.append("its matrices are too large to look at here")
     elif "signals" in verdict:
-        which = {"lipsdp": "a matrix inequality of", "lowrank": "in a large ball"}[method]
-        size = f"{which} {verdict['signals']:,} signals, about {verdict['mebibytes']:,} MiB"
+        at = {"lipsdp": "a matrix inequality of", "lowrank": "in a large ball", "frequency": f"at each of {verdict.get('frequencies')} frequencies"}
+        size = f"{at[method]} {verdict['signals']:,} signals, about {verdict['mebibytes']:,} MiB"
         parts.append(f"{size} and {duration_text(verdict['seconds'])}{' for each radius that is tried' if method == 'lowrank' else ''}")
     if "gates" in verdict:
         cost = f"about {verdict['mebibytes']:,} MiB and {duration_text(verdict['seconds'])}"
@@ -191,15 +192,18 @@ def _lipsdp(graph: Graph) -> dict[str, Any]:
 
 
 def _frequency(graph: Graph) -> dict[str, Any]:
-    """LipSDP by one program for all frequencies."""
+    """LipSDP by one program for all frequencies, complex matrices of the signals at each."""
     from certify.errors import CertifyError
     from certify.frequency import ConvNet
 
     try:
-        ConvNet.of(graph).torus()
+        network = ConvNet.of(graph)
+        signals, frequencies = network.size(network.torus())
     except CertifyError as error:
         return _verdict(error)
-    return _verdict(None)
+    seconds = frequencies * (_FREQUENCY * signals**3 / _flops() + _AT_LEAST)
+    mebibytes = _mebibytes(4 * 16 * signals**2 * frequencies)
+    return {**_verdict(None), "signals": signals, "frequencies": frequencies, "mebibytes": mebibytes, "seconds": seconds}
 
 
 def _local(graph: Graph) -> dict[str, Any]:
