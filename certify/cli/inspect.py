@@ -79,7 +79,8 @@ def _cost_text(method: str, verdict: Mapping[str, Any]) -> str:
         parts.append(f"{verdict['gates']:,} gates, and a ball that leaves {verdict['undecided']:,} of them undecided takes {cost}")
     if "copies_per_second" in verdict:
         rate = f"about {float(format(verdict['copies_per_second'], '.2g')):,.0f} noisy copies per second here"
-        parts.append(f"{rate}, so {duration_text(verdict['seconds'])} for an input at {_COPIES:,} copies")
+        room = "" if verdict["mebibytes"] is None else f" and {verdict['mebibytes']:,} MiB"
+        parts.append(f"{rate}, so {duration_text(verdict['seconds'])}{room} for an input at {_COPIES:,} copies")
     return "".join(f"; {part}" for part in parts)
 
 
@@ -95,7 +96,8 @@ def duration_text(seconds: float) -> str:
 
 def certifiers(model: Model) -> dict[str, Any]:
     """By method: whether it applies, every node that stands in its way, and what it would cost."""
-    return {**verdicts_of_graph(model), "smoothing": _smoothing(model)}
+    _, graph, seen = _of_graph(model)
+    return {**seen, "smoothing": _smoothing(model, graph)}
 
 
 def verdicts_of_graph(model: Model) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def verdicts_of_graph(model: Model) -> dict[str, Any]:
 def _about(model: Model) -> dict[str, Any]:
     from certify.graph import leaves
 
-    operators, seen_by, certifiers = _of_graph(model)
+    operators, graph, certifiers = _of_graph(model)
     return {
         "model": model.spec,
         "sha256": model.sha256,
@@ -116,14 +118,14 @@ def _about(model: Model) -> dict[str, Any]:
         "classes": model.classes,
         "opened": dict(model.opened),
         "layers": [(path, type(module).__name__, module.extra_repr()) for path, module in leaves(model.net)],
-        "seen_by": seen_by,
+        "seen_by": graph.seen_by if graph is not None else "",
         "operators": operators,
-        "certifiers": {**certifiers, "smoothing": _smoothing(model)},
+        "certifiers": {**certifiers, "smoothing": _smoothing(model, graph)},
     }
 
 
-def _of_graph(model: Model) -> tuple[list[tuple[str, str, Sequence[int]]], str, dict[str, Any]]:
-    """The nodes of its graph and how it was found, and the certifiers that see through it: layer by layer, by LipSDP, and by a relaxation around each input."""
+def _of_graph(model: Model) -> tuple[list[tuple[str, str, Sequence[int]]], Graph | None, dict[str, Any]]:
+    """The nodes of its graph, that graph, and the certifiers that see through it: layer by layer, by LipSDP, and by a relaxation around each input."""
     import torch
 
     from certify.errors import Unsupported
@@ -133,12 +135,12 @@ def _of_graph(model: Model) -> tuple[list[tuple[str, str, Sequence[int]]], str, 
         graph = Graph.of(model.net, model.shape)
     except Unsupported as error:
         refused = _verdict(error)
-        return [], "", dict.fromkeys(("margin", "lipsdp", "frequency", "local", "lowrank"), refused)
+        return [], None, dict.fromkeys(("margin", "lipsdp", "frequency", "local", "lowrank"), refused)
     with torch.no_grad():
         margin = _margin(graph)
         of_layers = {"margin": margin, "lipsdp": _lipsdp(graph) if margin["applies"] else margin, "frequency": _frequency(graph)}
         certifiers = {**of_layers, "local": _local(graph), "lowrank": _lowrank(graph)}
-    return _operators(graph), graph.seen_by, certifiers
+    return _operators(graph), graph, certifiers
 
 
 def _operators(graph: Graph) -> list[tuple[str, str, Sequence[int]]]:
@@ -266,8 +268,8 @@ def _mebibytes(size: int) -> int:
     return -(-size // 2**20)
 
 
-def _smoothing(model: Model) -> dict[str, Any]:
-    """Whether the model is a classifier of such inputs, and how fast it runs; any sigma will do for that."""
+def _smoothing(model: Model, graph: Graph | None) -> dict[str, Any]:
+    """Whether the model is a classifier of such inputs, how fast it runs, and what a batch takes where it is largest; any sigma will do for that."""
     import torch
 
     from certify.errors import CertifyError
@@ -284,4 +286,12 @@ def _smoothing(model: Model) -> dict[str, Any]:
     with torch.no_grad():
         forward(x)
     rate = len(x) / (time.perf_counter() - start)
-    return {"applies": True, "problems": [], "copies_per_second": rate, "seconds": _COPIES / rate}
+    mebibytes = None if graph is None else _mebibytes(4 * len(x) * _widest(graph))
+    return {"applies": True, "problems": [], "copies_per_second": rate, "mebibytes": mebibytes, "seconds": _COPIES / rate}
+
+
+def _widest(graph: Graph) -> int:
+    """The most numbers of one input that an operation reads and makes together."""
+    shapes = graph.shapes
+    sizes = ([shapes[name] for name in (node.name, *(part.name for part in node.all_input_nodes)) if name in shapes] for node in graph.trace.nodes)
+    return max(sum(map(math.prod, parts)) for parts in sizes)
