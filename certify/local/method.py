@@ -34,6 +34,7 @@ _programs: weakref.WeakKeyDictionary[Graph, Program] = weakref.WeakKeyDictionary
 _ASSUMED = {"own": frozenset({Assumption.FLOAT64_LINALG}), "auto_lirpa": frozenset({Assumption.FLOAT64_LINALG, Assumption.FOREIGN_ROUNDING})}
 _HOW = ("auto", "crown", "sdp", "complete", "interval")
 _VERY_FEW = 25  # undecided gates, among which branch and bound comes to its end in seconds
+_PATIENCE = 10.0  # seconds for it, where nobody asked for it by name
 _FEW = 200  # for which LipSDP takes about a second
 _MANY = 5000  # beyond which forms among them take hours
 DUAL = {1.0: math.inf, 2.0: 2.0, math.inf: 1.0}
@@ -52,8 +53,9 @@ class Local(LipschitzMethod):
     `how="crown"` bounds row by row; "sdp", from l2, by LipSDP among the undecided gates too, which is smaller, and takes seconds from 300 of them on.
     `how="complete"`, for gates of two linear pieces, decides them one by one (branch and bound) until the constant of each output meets an example, or
     `seconds` are over; the evidence says how many nodes that took, the largest example, an estimate from below, and whether they meet. `how="interval"` asks
-    nothing of the gates but their ranges: loose, and at the cost of a few gradients. "auto" goes by the count of undecided gates: up to 25 "complete" (with
-    "sdp" from l2), up to 200 "sdp" from l2, up to 5000 "crown", and beyond, or where the memory is too small, "interval"; the evidence says which.
+    nothing of the gates but their ranges: loose, and at the cost of a few gradients. "auto" goes by the count of undecided gates: up to 25 "complete", for ten
+    seconds at most (with "sdp" from l2), up to 200 "sdp" from l2, up to 5000 "crown", and beyond, or where the memory is too small, "interval"; the evidence
+    says which.
 
     `backend="auto_lirpa"` takes the bounds of auto_LiRPA (CROWN, row by row) on a Box or a Ball in l-infinity, where it is installed, for a second opinion:
     FOREIGN_ROUNDING is among its assumptions.
@@ -134,17 +136,18 @@ class Local(LipschitzMethod):
         """Among the undecided gates."""
         jacobian = bound_jacobian(condensed)
         of_rows = jacobian.row_norms(DUAL[norm])
-        few, how = norm == 2 and condensed.undecided <= _FEW, self.how
+        few, how, seconds = norm == 2 and condensed.undecided <= _FEW, self.how, self.seconds
         if how == "auto":
             bent_once = all(layer.gate.activation == RELU for layer in condensed.layers)
             how = "complete" if bent_once and condensed.undecided <= _VERY_FEW else "sdp" if few else "crown"
+            seconds = min(seconds, _PATIENCE)
         evidence: dict[str, Any] = {"gates": condensed.total, "undecided": condensed.undecided, "how": how}
         if how == "complete":
-            found = search(jacobian.condensed, DUAL[norm], seconds=self.seconds)
+            found = search(jacobian.condensed, DUAL[norm], seconds=seconds)
             of_rows = torch.minimum(of_rows, found.upper)
             evidence |= {"nodes": found.nodes, "lower": float(found.lower[:outputs].max()), "done": found.done}
         value = _of_network(jacobian, of_rows, outputs, norm)
-        if how == "sdp":
+        if how == "sdp" or (few and not evidence.get("done", True)):
             value, of_rows = refined(jacobian.condensed, value, of_rows, outputs)
         elif how == "complete" and few:
             value = min(value, spectral_bound(jacobian.condensed, slice(outputs)).bound)
