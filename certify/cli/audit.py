@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from certify.cli.arguments import add_json, add_model, add_opening, add_radii, add_selection, load_model, span
-from certify.cli.lipschitz import QUICK
+from certify.cli.lipschitz import QUICK, is_quick
 
 HELP = "Certify and attack a model by all methods that apply, within a budget of time, and write one report."
 EPILOG = """examples:
@@ -125,10 +125,10 @@ def _left_out(name: str, args: argparse.Namespace, seen: Mapping[str, Mapping[st
     if not verdict["applies"]:
         problems = verdict["problems"]
         return problems[0] + (f" (and {len(problems) - 1} more: certify inspect names them)" if len(problems) > 1 else "")
-    if name == "lipsdp" and (verdict["signals"] or math.inf) > QUICK:
+    if name == "lipsdp" and not is_quick(verdict):
         size = "more signals than are looked at" if verdict["signals"] is None else f"{verdict['signals']:,} signals"
         return f"its matrix inequality has {size}, and an audit solves up to {QUICK}; certify run --bound lipsdp takes the time it needs"
-    whole = "lipsdp" not in args.skip and (seen["lipsdp"].get("signals") or math.inf) <= QUICK
+    whole = "lipsdp" not in args.skip and is_quick(seen["lipsdp"])
     return "lipsdp applies, and is tighter" if name == "frequency" and whole else ""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_lipsdp, add_model, lipsdp, load_model, radius
@@ -25,6 +26,11 @@ EPILOG = """examples:
 
 
 QUICK = 400  # signals of a matrix inequality
+
+
+def is_quick(lipsdp: Mapping[str, Any]) -> bool:
+    """Whether LipSDP applies, by what `inspect` says of it, and takes no more than some seconds."""
+    return bool(lipsdp["applies"]) and (lipsdp["signals"] or math.inf) <= QUICK
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,12 +102,11 @@ def _picked(args: argparse.Namespace, model: Model) -> tuple[str, str]:
 
     seen = verdicts_of_graph(model)
     signals = seen["lipsdp"].get("signals")
-    small = seen["lipsdp"]["applies"] and signals is not None and signals <= QUICK
     if args.around is not None:
         if seen["local"]["applies"]:
             return "local", "it is around one input, and the count of gates that are undecided there says how"
         return "lipsdp", f"it is around one input, and local does not apply ({seen['local']['problems'][0]})"
-    if small:
+    if is_quick(seen["lipsdp"]):
         return "lipsdp", f"its matrix inequality has {signals:,} signals, and up to {QUICK} are quick"
     if not seen["lipsdp"]["applies"]:
         return "layerwise", f"lipsdp does not apply ({seen['lipsdp']['problems'][0]})"
