@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 from certify.errors import Problem, Unsupported
 from certify.functions import PLACE, SPLITTING, module_for_exported, piece
 from certify.registry import Shape, reason_for
+from lipnet.checkpoint import first_line
 
 _BATCHES = (3, 5)
 _ATEN = torch.ops.aten
@@ -85,7 +86,7 @@ def _raise(net: nn.Module, input_shape: Shape, batch: int, why: str) -> _Raising
     try:
         program = _export(net, input_shape, batch)
     except Exception as error:  # of many kinds
-        line = (str(error).strip().splitlines() or [""])[0]
+        line = first_line(error)
         text = (
             f"its forward cannot be traced by torch.fx ({why}), nor exported by torch.export ({type(error).__name__}: {line}); branches on values are not known"
         )

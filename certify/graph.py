@@ -23,7 +23,7 @@ from certify.bound import Bound
 from certify.errors import CertifyError, Problem, Unsupported
 from certify.registry import Call, Index, Shape, rule_for
 from certify.tracing import inputs_of, leaves, name_of, of_batch, run_call, same, traced
-from lipnet.checkpoint import hash_tensors
+from lipnet.checkpoint import first_line, hash_tensors
 
 __all__ = ["Graph", "leaves"]
 
@@ -210,7 +210,7 @@ def _trials(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[
             with torch.no_grad():
                 recorder.run(torch.zeros(batch, *input_shape, dtype=dtype))
         except Exception as error:  # torch raises many kinds here
-            line = (str(error).splitlines() or [""])[0]
+            line = first_line(error)
             raise ValueError(f"the network does not take inputs of shape {tuple(input_shape)}: {line}; pass the shape of one input as input_shape") from error
         runs.append(recorder)
     if runs[0].shapes != runs[1].shapes:
@@ -230,7 +230,7 @@ def _check_trace(net: nn.Module, graph: Graph) -> None:
         try:
             traced, own = module(x.clone()), net(x.clone())
         except (RuntimeError, ValueError) as error:  # batch statistics of one input, say; its rule may know why
-            line = (str(error).splitlines() or [""])[0]
+            line = first_line(error)
             raise Unsupported([*graph._refusals(skip=()), Problem("", type(net).__name__, f"does not take a batch of {batch}: {line}")]) from error
         if not isinstance(own, torch.Tensor) or not isinstance(traced, torch.Tensor):
             raise Unsupported([Problem("", type(net).__name__, f"returns {type(own).__name__}; it must return one tensor")])

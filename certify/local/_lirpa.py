@@ -25,6 +25,7 @@ from certify.local.directed import downward, upward
 from certify.local.entries import Entries
 from certify.local.program import Gate, Program
 from certify.local.region import Region
+from lipnet.checkpoint import first_line
 from sdp.activation import RELU
 from sdp.proof import gamma
 
@@ -171,7 +172,7 @@ def propagate(net: nn.Module, center: Tensor, low: Tensor, high: Tensor) -> tupl
             at_center = jacobian(center)
         total = l1_norm(net, center)(low, high)
     except Exception as error:  # whatever a graph that it does not know raises
-        line = (str(error).splitlines() or [""])[0]
+        line = first_line(error)
         raise CertifyError(f'auto_LiRPA cannot bound the Jacobian of this network ({type(error).__name__}: {line}); take backend="own"') from error
     return at_center.detach().flatten(), ends[0].detach().flatten(), ends[1].detach().flatten(), total
 

@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind
 
 from certify.errors import CertifyError, Problem, Unsupported
 from certify.registry import Shape
+from lipnet.checkpoint import first_line
 from sdp.activation import RELU, Activation
 
 Number = int | float
@@ -299,7 +300,7 @@ def _export(net: nn.Module, input_shape: Shape) -> torch.export.ExportedProgram:
             exported = torch.export.export(net, (torch.zeros(1, *input_shape, dtype=torch.float64),), strict=False)
             return exported.run_decompositions({})
     except Exception as error:  # whatever a forward and the exporter raise
-        line = (str(error).splitlines() or [""])[0]
+        line = first_line(error)
         raise Unsupported([Problem("", type(net).__name__, f"torch.export cannot see through its forward ({type(error).__name__}: {line})")]) from error
 
 
