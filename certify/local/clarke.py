@@ -174,5 +174,5 @@ def _upper_bounds(
         mean, half, a, b = layer.bends
         total = total + (c @ a[..., None])[..., 0] + (size_of_c @ b[..., None])[..., 0]
         if forms.shape[-1]:
-            forms.flatten(0, 1).addmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]).flatten(0, 1), layer.later)
+            forms.view(-1, forms.shape[-1]).addmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]).flatten(0, 1), layer.later)
     return total
