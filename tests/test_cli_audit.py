@@ -105,20 +105,25 @@ def test_a_range_is_two_numbers(model: str, tmp_path: pathlib.Path, capsys: pyte
         assert "a range is its smallest and its largest number" in capsys.readouterr().err
 
 
-def test_a_network_that_no_rule_knows_is_attacked_and_smoothed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "theirs.py").write_text(
+def theirs(folder: pathlib.Path, classes: int, seen: str) -> str:
+    """A factory in a file, of a linear layer on 64 numbers that are made of the input."""
+    (folder / "theirs.py").write_text(
         "import torch\n"
         "class Net(torch.nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.head = torch.nn.Linear(64, 10)\n"
+        f"        self.head = torch.nn.Linear(64, {classes})\n"
         "    def forward(self, x):\n"
-        "        return self.head(torch.fft.fft2(x).abs().flatten(1))\n"
+        f"        return self.head({seen})\n"
         "def make():\n"
         "    torch.manual_seed(0)\n"
         "    return Net()\n"
     )
-    out, spec = tmp_path / "a", f"{tmp_path / 'theirs.py'}:make"
+    return f"{folder / 'theirs.py'}:make"
+
+
+def test_a_network_that_no_rule_knows_is_attacked_and_smoothed(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, spec = tmp_path / "a", theirs(tmp_path, 10, "torch.fft.fft2(x).abs().flatten(1)")
     command = ["audit", spec, "digits", "-o", str(out), "--input-shape", "1,8,8", "--limit", "2", "--sigma", "0.1", "--levels", "16", "--n", "200"]
     assert main(command) == Exit.DONE
     assert {path.name for path in out.iterdir()} == {"attack", "smoothing", "report.html"}
@@ -127,19 +132,7 @@ def test_a_network_that_no_rule_knows_is_attacked_and_smoothed(tmp_path: pathlib
 
 
 def test_a_method_that_stops_is_named_with_the_way_around_it(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "theirs.py").write_text(
-        "import torch\n"
-        "class Net(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.head = torch.nn.Linear(64, 2)\n"
-        "    def forward(self, x):\n"
-        "        return self.head((4 * x).long().to(x.dtype))\n"
-        "def make():\n"
-        "    torch.manual_seed(0)\n"
-        "    return Net()\n"
-    )
-    out, spec, points = tmp_path / "a", f"{tmp_path / 'theirs.py'}:make", str(tmp_path / "points.npz")
+    out, spec, points = tmp_path / "a", theirs(tmp_path, 2, "(4 * x).long().to(x.dtype)"), str(tmp_path / "points.npz")
     np.savez(points, x=np.full((2, 64), 0.4, dtype=np.float32), y=np.array([0, 1]))  # one of the two is right
     command = ["audit", spec, points, "-o", str(out), "--input-shape", "64", "--sigma", "0.1", "--levels", "0", "--n", "200", "--skip", "local"]
     assert main(command) == Exit.ERROR
