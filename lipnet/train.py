@@ -30,6 +30,11 @@ from lipnet.layers.base import Layer, check_sizes
 from lipnet.losses import EMMA, LogitAnnealing, OffsetCrossEntropy, emma_epsilon, pair_constants
 from lipnet.optim import Lookahead, warmup_cosine
 
+if torch.distributed.is_available():
+    # Its functions have the process group that exists when it is imported as a default. The first step of an optimizer imports it too late: the group then
+    # outlives destroy_process_group, and its threads abort the process at exit.
+    import torch.distributed.nn.functional
+
 STATE = "training.state"  # in the folder: the line below, the sha256 of what follows, and tensors and numbers as torch.save writes them
 _MAGIC = b"lipnet training state 1\n"
 _EVALUATED_AT_ONCE = 1024
