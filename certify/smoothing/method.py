@@ -112,8 +112,8 @@ class Smoothing(RobustnessMethod):
         return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
     def rows(self, shape: Shape) -> int:
-        """Of a batch of inputs of this shape, a power of two unless given: about 2^18 numbers for images, 2^20 for others, whose networks are smaller."""
-        numbers, most = (2**18, 4096) if len(shape) == 3 else (2**20, 16384)
+        """Of a batch of inputs of this shape, a power of two unless given: about 2^18 numbers for images, 2^19 for others, whose networks are smaller."""
+        numbers, most = (2**18, 4096) if len(shape) == 3 else (2**19, 8192)
         return self.batch or min(max(1 << (numbers // math.prod(shape)).bit_length() >> 1, 32), most)
 
     def procedure(self, shape: Shape) -> Procedure:
