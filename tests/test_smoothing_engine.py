@@ -242,7 +242,7 @@ def test_a_target_is_asked_around_the_input_itself():
 
 def test_batches_hold_about_as_many_numbers_whatever_the_inputs_are():
     rows = [Smoothing(Gaussian(0.5)).rows(shape) for shape in ((2,), (64,), (1, 28, 28), (3, 32, 32), (3, 224, 224), (3, 1024, 1024))]
-    assert rows == [16384, 16384, 256, 64, 32, 32]
+    assert rows == [8192, 8192, 256, 64, 32, 32]
     assert Smoothing(Gaussian(0.5), batch=7).rows((64,)) == 7
 
 
