@@ -86,7 +86,7 @@ def _add_smoothing(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default), softmax:T or sparsemax:T, T the temperature")
     group.add_argument("--lipschitz", choices=["layerwise"], help="prove a Lipschitz constant of the network first: larger radii for soft scores")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
-    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^20 for others)")
+    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^19 for others)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: certify the network as it is in bfloat16")
     group.add_argument("--shared-noise", action="store_true", help="one noise for all inputs: faster for small networks; certificates are then not independent")

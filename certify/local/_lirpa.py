@@ -55,7 +55,7 @@ class Gated(nn.Module):
 
 
 class _Jacobian(nn.Module):
-    """The gradient of a network of one output, or its l1 norm."""
+    """The gradient of a network, or the l1 norm of that of a network of one output."""
 
     def __init__(self, net: nn.Module, norm: bool) -> None:
         super().__init__()
@@ -175,6 +175,18 @@ def propagate(net: nn.Module, center: Tensor, low: Tensor, high: Tensor) -> tupl
         line = first_line(error)
         raise CertifyError(f'auto_LiRPA cannot bound the Jacobian of this network ({type(error).__name__}: {line}); take backend="own"') from error
     return at_center.detach().flatten(), ends[0].detach().flatten(), ends[1].detach().flatten(), total
+
+
+def entries(net: nn.Module, center: Tensor) -> Callable[[Tensor, Tensor], object]:
+    """What bounds all entries of the Jacobian of a network on boxes around a center, of all its outputs in one call (CROWN)."""
+    with _quiet(center.dtype):
+        jacobian = _bounded(_Jacobian(net, norm=False), center)
+
+    def bound(low: Tensor, high: Tensor) -> object:
+        with _quiet(center.dtype):
+            return jacobian.compute_jacobian_bounds(_box(center, low, high), optimize=False)
+
+    return bound
 
 
 def l1_norm(net: nn.Module, center: Tensor, optimize: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
