@@ -18,6 +18,7 @@ from torch import nn
 
 from certify.bound import Array, Bound
 from certify.errors import Problem
+from lipnet.checkpoint import first_line
 
 Shape = tuple[int, ...]
 Rule = Callable[[Any, Shape], Bound]  # (module, shape of its input without the batch) -> Bound from l2 to l2, everywhere
@@ -146,7 +147,7 @@ def problems_of(module: nn.Module, where: str, leaf: bool) -> list[Problem]:
     if leaf:
         found += _leaf_problems(module)
     elif "parametrizations" in module._modules:
-        found += _moving_problems([path for path in _moving(module) if "." not in path])
+        found += _computed_problems(module, nested=False)
     return [Problem(where, name, why) for why in found]
 
 
@@ -161,10 +162,16 @@ def _leaf_problems(module: nn.Module) -> list[str]:
         return [f"overrides {cls.__name__}.{', '.join(changed)}, so what is known of {cls.__name__} does not hold; register a rule for {type(module).__name__}"]
     if any(not torch.isfinite(tensor).all() for tensor in module.state_dict().values()):
         return ["holds NaN or infinite numbers; load weights that are finite"]
-    return _moving_problems(_moving(module))
+    return _computed_problems(module, nested=True)
 
 
-def _moving_problems(moving: list[str]) -> list[str]:
+def _computed_problems(module: nn.Module, nested: bool) -> list[str]:
+    """What is wrong with the parametrised weights of a module, and of the modules within it."""
+    try:
+        moving = [path for path in _moving(module) if nested or "." not in path]
+    except Exception as error:  # whatever a parametrization of others raises
+        line = first_line(error)
+        return [f"cannot compute its own weights ({type(error).__name__}: {line}); bring it back to the dtype and device that it was made for, or load it anew"]
     if not moving:
         return []
     return [

@@ -408,3 +408,22 @@ def test_householder_of_order_2_jumps(og):
             pair = layer(torch.tensor([[1.0, 0.0], [1.0, -1e-9]]).reshape(2, 2, 1, 1)).reshape(2, 2)
             seen = max(seen, (pair[0] - pair[1]).norm().item())
     assert seen > 0.5
+
+
+class _OnlyFloat(nn.Module):
+    """Of float32 weights, as vector_norm(dtype=torch.float32) is."""
+
+    def forward(self, weight):
+        return weight / torch.linalg.vector_norm(weight, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda layer: layer, nn.Sequential, lambda layer: nn.Sequential(nn.ReLU(), nn.Sequential(layer))], ids=["alone", "in", "deep"]
+)
+def test_weights_that_cannot_be_computed_are_named(wrap):
+    layer = nn.Linear(3, 2)
+    nn.utils.parametrize.register_parametrization(layer, "weight", _OnlyFloat())
+    net = wrap(layer).eval()
+    assert certify.lipschitz(net, input_shape=(3,)).value <= 1 + 1e-6  # at most the Frobenius norm
+    with pytest.raises(certify.Unsupported, match=r"Linear.* cannot compute its own weights \(RuntimeError: .*bring it back to the dtype"):
+        certify.lipschitz(net.double(), input_shape=(3,))
