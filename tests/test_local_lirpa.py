@@ -1,7 +1,9 @@
 """auto_LiRPA as a second opinion: it agrees with our bounds, and what its Jacobians get wrong is seen before it is returned."""
 
 import math
+import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -13,6 +15,14 @@ import lipnet
 from certify.bound import Assumption
 from certify.local import _lirpa
 from certify.local.program import Program
+
+
+@pytest.fixture(autouse=True)
+def _depth():
+    """pytest.importorskip imports auto_LiRPA too, which lets Python recurse a million times, and so out of its stack."""
+    depth = sys.getrecursionlimit()
+    yield
+    sys.setrecursionlimit(depth)
 
 
 def box(shape, radius, seed=0):
@@ -165,3 +175,17 @@ def test_dense_maps_are_the_network():
         for k, row in enumerate(torch.eye(net(x).shape[1], dtype=torch.float64)):
             made = _lirpa.row_of(sums, row)
             assert torch.allclose(made(x.flatten(1))[:, 0], net(x)[:, k], rtol=1e-12, atol=1e-12)
+
+
+def test_what_it_sets_for_the_whole_process_is_put_back():
+    pytest.importorskip("auto_LiRPA", exc_type=ImportError)
+    code = """
+        import logging, sys, warnings
+        from certify.local import _lirpa
+        def settings():
+            return sys.getrecursionlimit(), list(logging.getLogger().handlers), logging.getLogger().level, list(warnings.filters)
+        before = settings()
+        _lirpa._lirpa()
+        assert "auto_LiRPA" in sys.modules and settings() == before, (before, settings())
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -223,9 +224,9 @@ class _Names:
 
 
 def _lirpa() -> _Names:
-    """Its names. It sets up the log and the warnings of the whole process when it is imported: both are put back."""
+    """Its names. It sets up the log, the warnings and the depth of recursion of the whole process when it is imported: all are put back."""
     root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
+    handlers, level, depth = list(root.handlers), root.level, sys.getrecursionlimit()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -238,6 +239,7 @@ def _lirpa() -> _Names:
     finally:
         root.handlers[:] = handlers
         root.setLevel(level)
+        sys.setrecursionlimit(depth)  # with its million, a file of many brackets ends the process
     return _Names(BoundedModule, BoundedTensor, PerturbationLpNorm, JacobianOP, GradNorm)
 
 
