@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from certify.bound import Array, Estimate
 from certify.data import Dataset
 from certify.errors import CertifyError
-from certify.margins import Runs, logits
+from certify.margins import Runs, check_inputs, logits
 from certify.opaque import runnable
 from certify.rounding import up
 from lipnet.checkpoint import first_line
@@ -48,7 +48,7 @@ class Attack(abc.ABC):
 
     def __post_init__(self) -> None:
         if self.norm not in (2, math.inf):
-            raise CertifyError(f"attacks are in l2 or in the maximum norm, got norm {self.norm:g}; pass 2 or inf")
+            raise CertifyError(f"attacks are in l2 or in the maximum norm, got norm {self.norm!r}; pass 2 or math.inf")
         if self.steps < 1 or self.restarts < 1 or self.seed < 0:
             raise CertifyError(f"an attack takes at least one step and one restart and a seed of at least 0, got {self.steps}, {self.restarts} and {self.seed}")
 
@@ -169,8 +169,9 @@ class Attacked:
 
 def falsify(net: nn.Module, inputs: Tensor, *attacks: Attack) -> list[Attacked]:
     """For each input (N, ...) the nearest point that one of the attacks finds and the frozen network in float64 gives another class. An upper bound each."""
-    if not torch.is_floating_point(inputs) or not torch.isfinite(inputs).all():
-        raise ValueError("inputs must be finite floating-point numbers; convert them with inputs.float() and leave out rows with NaN")
+    if not all(isinstance(attack, Attack) for attack in attacks):
+        raise CertifyError(f"an attack is a value such as certify.PGD(), got {attacks!r:.80}")
+    check_inputs(inputs)
     graph = runnable(net, tuple(inputs.shape[1:]))
     return [nearest(graph, inputs[index : index + 1], attacks, index) for index in range(len(inputs))]
 

@@ -61,6 +61,15 @@ class Domain(abc.ABC):
         """True only if `other` is known to be a subset."""
 
 
+def _numbers(given: object) -> Array:
+    """An array in float64, which holds the numbers of every narrower type. Raises ValueError for what is none."""
+    try:
+        return np.array(np.asarray(given), dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of a tensor that requires a gradient
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"a Ball or a Box has an array or a tensor of numbers in it, got a {type(given).__name__} ({line})") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Everywhere(Domain):
     """All inputs."""
@@ -71,13 +80,14 @@ class Everywhere(Domain):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ball(Domain):
-    """The inputs within `radius` of `center` in the l_p norm."""
+    """The inputs within `radius` of `center`, an array or a tensor, in the l_p norm."""
 
     center: Array
     radius: float
     p: float = 2.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "center", _numbers(self.center))
         if not (self.radius >= 0 and self.p >= 1 and np.isfinite(self.center).all()):
             raise ValueError(f"a Ball needs a finite center, radius >= 0 and p >= 1, got radius={self.radius}, p={self.p}")
 
@@ -88,12 +98,14 @@ class Ball(Domain):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Box(Domain):
-    """The inputs between `low` and `high`, entry by entry."""
+    """The inputs between `low` and `high`, arrays or tensors, entry by entry."""
 
     low: Array
     high: Array
 
     def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            object.__setattr__(self, name, _numbers(getattr(self, name)))
         if self.low.shape != self.high.shape or not (self.low <= self.high).all():
             raise ValueError("a Box needs low <= high, entry by entry and of one shape")
 

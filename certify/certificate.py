@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -40,16 +41,24 @@ class Certificate:
 
     def certified(self, labels: Sequence[int] | NDArray[np.int64], radius: float) -> NDArray[np.bool_]:
         """Which inputs are given their label, for certain, within the closed ball of this radius (`radius=0`: given their label at all)."""
-        if not radius >= 0:
-            raise ValueError(f"a radius is not negative, got {radius}")
-        right = (self.prediction == np.asarray(labels)) & ~self.abstained
+        if not (isinstance(radius, numbers.Real) and radius >= 0):
+            raise ValueError(f"a radius is one number that is not negative, got {radius!r}")
+        known = np.asarray(labels)
+        if known.shape != self.prediction.shape or (known.dtype.kind not in "iu" and len(self)):
+            raise ValueError(
+                f"labels are one whole number for each of {len(self)} inputs, got the shape {known.shape} of {known.dtype}; give them as ({len(self)},)"
+            )
+        right = (self.prediction == known) & ~self.abstained
         return right if radius == 0 else right & (self.radius > radius)
 
     def accuracy(self, labels: Sequence[int] | NDArray[np.int64], radius: float) -> float:
         """The fraction of inputs that are given their label, for certain, within the closed ball of this radius."""
+        if not len(self):
+            raise ValueError("there is no input, so there is no fraction of them; certify at least one")
         return float(self.certified(labels, radius).mean())
 
     def __str__(self) -> str:
         chance = "for certain" if self.failure == 0 else f"each with probability at least {1 - self.failure:g}"
         kind, of = ("", f" of {self.measure}") if self.norm is None else (f"l{self.norm:g} ", "")
-        return f"{len(self)} inputs, median certified {kind}radius {down_text(float(np.median(self.radius)))}{of} ({chance}; {self.method})"
+        median = f"{down_text(float(np.median(self.radius)))}{of}" if len(self) else "-"
+        return f"{len(self)} inputs, median certified {kind}radius {median} ({chance}; {self.method})"

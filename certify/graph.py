@@ -44,15 +44,16 @@ class Graph:
     @classmethod
     def of(cls, net: nn.Module, input_shape: Shape) -> Graph:
         """Trace a network in eval mode. Raises `Unsupported` that names every node without a rule, and everything else that stands in the way."""
+        input_shape = _sizes_of_one_input(net, input_shape)
         net = net if _on_cpu(net) else copy.deepcopy(net).cpu()
-        parent, trace, found, seen_by = traced(net, tuple(input_shape))
+        parent, trace, found, seen_by = traced(net, input_shape)
         try:
             shapes, constants = _trials(parent, trace, input_shape)
         except ValueError:
             if found:  # a shape that does not fit may be their doing
                 raise Unsupported(found) from None
             raise
-        graph = cls(parent, trace, shapes, tuple(input_shape), constants, seen_by)
+        graph = cls(parent, trace, shapes, input_shape, constants, seen_by)
         if found:
             raise Unsupported([*found, *graph._refusals(skip={problem.where for problem in found})])
         if counting := graph._counting():
@@ -190,6 +191,16 @@ class Graph:
         return found[0]
 
 
+def _sizes_of_one_input(net: nn.Module, input_shape: object) -> Shape:
+    """The shape as a tuple. Raises ValueError for what is no network, or no shape of an input of one."""
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"a network is a torch module, got a {type(net).__name__}; lipnet.load opens a checkpoint, certify.models.load other files")
+    try:
+        return tuple(operator.index(size) for size in input_shape)  # type: ignore[attr-defined]
+    except TypeError:
+        raise ValueError(f"input_shape is the sizes of one input, without the batch, such as (64,) or (1, 28, 28), got {input_shape!r:.80}") from None
+
+
 def in_float64(frozen: nn.Module) -> nn.Module:
     """A copy of a frozen network with its numbers taken exactly into float64."""
     net = copy.deepcopy(frozen)
@@ -211,7 +222,7 @@ def _trials(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[
                 recorder.run(torch.zeros(batch, *input_shape, dtype=dtype))
         except Exception as error:  # torch raises many kinds here
             line = first_line(error)
-            raise ValueError(f"the network does not take inputs of shape {tuple(input_shape)}: {line}; pass the shape of one input as input_shape") from error
+            raise ValueError(f"the network does not take inputs of shape {input_shape}: {line}; pass the shape of one input as input_shape") from error
         runs.append(recorder)
     if runs[0].shapes != runs[1].shapes:
         name = next(name for name, shape in runs[0].shapes.items() if shape != runs[1].shapes.get(name))

@@ -49,7 +49,7 @@ class LipSDP(LipschitzMethod):
 
     def __post_init__(self) -> None:
         if self.norm not in (1, 2, math.inf):
-            raise CertifyError(f"LipSDP bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
+            raise CertifyError(f"LipSDP bounds networks from l1, l2 or l-infinity, got norm={self.norm!r}; pass 1, 2 or math.inf")
         if self.multipliers not in MULTIPLIERS:
             raise CertifyError(
                 f"multipliers are 'neuron' or 'layer', got {self.multipliers!r}; couplings of neurons ('network') are not sound (docs/lipsdp.md)"

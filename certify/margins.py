@@ -98,11 +98,22 @@ def robustness(net: nn.Module, inputs: Tensor, method: RobustnessMethod) -> Cert
 
     Raises ValueError for inputs that are not finite, Unsupported for a network that the method cannot see through, StaleBound for a bound of other weights.
     """
+    if not isinstance(method, RobustnessMethod):
+        raise ValueError(f"a method is a value such as certify.Margin(bound), certify.LocalMargin() or certify.Smoothing(...), got {method!r:.80}")
+    check_inputs(inputs)
+    return method.certify(net, inputs)
+
+
+def check_inputs(inputs: Tensor) -> None:
+    """Raises ValueError for what is no batch of finite floating-point numbers."""
+    if not isinstance(inputs, Tensor):
+        raise ValueError(f"inputs are a tensor (N, ...), got {type(inputs).__name__}; torch.from_numpy makes one of an array")
     if not torch.is_floating_point(inputs):
         raise ValueError(f"inputs must be floating-point numbers, got {inputs.dtype}; convert them with inputs.float() and scale them as in training")
+    if inputs.dim() < 2:
+        raise ValueError(f"inputs are a batch (N, ...), got the shape {tuple(inputs.shape)}; a single input x is the batch x[None]")
     if not torch.isfinite(inputs).all():
         raise ValueError("inputs hold NaN or infinite numbers; leave these rows out")
-    return method.certify(net, inputs)
 
 
 def gap(

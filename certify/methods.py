@@ -62,7 +62,11 @@ def lipschitz(net: nn.Module, method: LipschitzMethod | None = None, *, input_sh
     Raises Unsupported, naming every node that has no rule, is in training mode, has hooks or overrides what its rule relies on; ValueError for a shape that
     the network does not take.
     """
-    graph = Graph.of(net, tuple(input_shape))
+    if not isinstance(method, LipschitzMethod | None):
+        raise ValueError(f"a method is a value such as certify.LipSDP(), got {method!r:.80}")
+    if not isinstance(domain, Domain | None):
+        raise ValueError(f"a domain is a value such as certify.Ball(x, radius, p) or certify.Box(low, high), got a {type(domain).__name__}")
+    graph = Graph.of(net, input_shape)
     with torch.no_grad():
         bound = (method or Layerwise()).bound(graph, domain or Everywhere())
     assumptions = bound.assumptions | {Assumption.REAL_ARITHMETIC, Assumption.EVAL_MODE}

@@ -52,6 +52,7 @@ _heads: dict[type[nn.Module], Head] = {}
 _operators: dict[Any, OperatorRule] = {}
 _reasons: dict[Any, str] = {}  # of types, functions and names of tensor methods
 
+IN_TRAINING = "is in training mode; call net.eval() first"
 _HARMLESS = {"extra_repr", "reset_parameters", "__init__", "_abc_impl"}  # what a subclass may override without changing what it computes
 _CALLING = {"__call__", "__getattr__", "__getattribute__"}
 
@@ -138,7 +139,7 @@ def problems_of(module: nn.Module, where: str, leaf: bool) -> list[Problem]:
     name = type(module).__name__
     found = []
     if module.training:
-        found.append("is in training mode; call net.eval() first")
+        found.append(IN_TRAINING)
     if module._forward_hooks or module._forward_pre_hooks or _global_hooks():
         found.append("has forward hooks, which may change its output; remove them")
     foreign = [cls for cls in type(module).__mro__[:-1] if not cls.__module__.startswith("torch.")]

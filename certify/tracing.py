@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from certify.errors import Problem, Unsupported
 from certify.exported import raised, unknown
 from certify.functions import SPLITTING, module_for, piece
-from certify.registry import Shape, nearest, operator_for, problems_of, reason_for, rule_for
+from certify.registry import IN_TRAINING, Shape, nearest, operator_for, problems_of, reason_for, rule_for
 from certify.slopes import slopes
 from lipnet.layers.base import Layer
 
@@ -82,7 +82,8 @@ def _exported(net: nn.Module, input_shape: Shape, why: str) -> tuple[nn.Module, 
 def _module_problems(net: nn.Module, trace: torch.fx.Graph) -> list[Problem]:
     called = {node.target for node in trace.nodes if node.op == "call_module"}
     inside_leaf = tuple(f"{path}." for path in called)
-    return [p for path, module in net.named_modules() for p in problems_of(module, path, leaf=path in called and not path.startswith(inside_leaf))]
+    found = [p for path, module in net.named_modules() for p in problems_of(module, path, leaf=path in called and not path.startswith(inside_leaf))]
+    return [p for p in found if not (net.training and p.where and p.why == IN_TRAINING)]  # said once, of the network
 
 
 def _node_problems(net: nn.Module, trace: torch.fx.Graph, own: set[str]) -> list[Problem]:

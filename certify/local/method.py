@@ -73,7 +73,7 @@ class Local(LipschitzMethod):
         if self.backend not in ("own", "auto_lirpa"):
             raise CertifyError(f'the backends are "own" and "auto_lirpa", got backend={self.backend!r}')
         if self.norm not in (None, 1, 2, math.inf):
-            raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm:g}")
+            raise CertifyError(f"Local bounds networks from l1, l2 or l-infinity, got norm={self.norm!r}; pass 1, 2 or math.inf")
         if self.alpha_steps < 0:
             raise CertifyError(f"alpha_steps is 0 or more, got {self.alpha_steps}")
         if not self.memory > 0:

@@ -77,7 +77,7 @@ def monotone(
     if isinstance(net, nn.Module):
         if input_shape is None:
             raise CertifyError("monotone needs the shape of one input, without the batch; pass input_shape=..., such as input_shape=(30,)")
-        net = Graph.of(net, tuple(input_shape))
+        net = Graph.of(net, input_shape)
     program, inputs = program_of(net), math.prod(net.input_shape)
     asked = _rows(program, rows)
     if not memory > 0:

@@ -69,7 +69,7 @@ class LocalMargin(OneByOne[Seen]):
 
     def __post_init__(self) -> None:
         if self.norm not in (1, 2, math.inf):
-            raise CertifyError(f"LocalMargin is for norm=1, 2 and math.inf, got {self.norm}")
+            raise CertifyError(f"LocalMargin is for norm=1, 2 and math.inf, got norm={self.norm!r}")
         if self.radius is not None and not (self.radius >= 0 and math.isfinite(self.radius)):
             raise CertifyError(f"a radius is finite and not negative, got radius={self.radius}; leave it out to search for the largest")
         if not isinstance(self.steps, int) or not 1 <= self.steps <= _MOST or not self.memory > 0 or not self.seconds > 0:

@@ -39,14 +39,15 @@ class Region:
             low, high = (torch.from_numpy(np.array(end, dtype=np.float64).ravel()) for end in (domain.low, domain.high))
             center = low / 2 + high / 2
             return cls(center, downward(low - center).clamp(max=0), upward(high - center).clamp(min=0))
-        raise CertifyError(f"a local bound is on a finite Box, or a Ball in l1, l2 or l-infinity, of {inputs} inputs, got {domain}")
+        size = domain.center.size if isinstance(domain, Ball) else domain.low.size if isinstance(domain, Box) else None
+        got = f"{type(domain).__name__}{'' if size is None else f' of {size}'}{f' in l{domain.p:g}' if isinstance(domain, Ball) else ''}"
+        raise CertifyError(f"a local bound is on a finite Box, or a Ball in l1, l2 or l-infinity, of {inputs} inputs, got {got}")
 
     def clipped(self, smallest: float, largest: float) -> Region:
         """The inputs of the region with all entries in a range. Raises CertifyError where the center is outside of it."""
         if not (smallest <= float(self.center.min()) and float(self.center.max()) <= largest):
-            raise CertifyError(
-                f"the input has entries from {float(self.center.min()):g} to {float(self.center.max()):g}, outside of [{smallest:g}, {largest:g}]"
-            )
+            entries = f"entries from {float(self.center.min()):g} to {float(self.center.max()):g}"
+            raise CertifyError(f"the input has {entries}, outside of [{smallest:g}, {largest:g}]; take a range that holds it")
         low = torch.maximum(self.low, downward(float(smallest) - self.center)).clamp(max=0)
         high = torch.minimum(self.high, upward(float(largest) - self.center)).clamp(min=0)
         return dataclasses.replace(self, low=low, high=high)

@@ -76,6 +76,8 @@ class Smoothing(RobustnessMethod):
     lipschitz: Bound | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.noise, Noise):
+            raise CertifyError(f"a noise is a value such as certify.smoothing.Gaussian(0.25), got {self.noise!r:.80}")
         if type(self.noise) not in _DRAWN:
             drawn = ", ".join(sorted(kind.__name__ for kind in _DRAWN))
             raise CertifyError(f"no copies are drawn with {self.noise!r}, but with {drawn}; its radius can be had from counts of your own (Procedure)")
