@@ -1,6 +1,7 @@
 """Networks whose Lipschitz constant is known by construction. Imports torch only; `certify` is what proves it."""
 
 from lipnet import nets as nets
+from lipnet import testing as testing
 from lipnet._version import __version__ as __version__
 from lipnet.augment import Crop as Crop
 from lipnet.augment import Flip as Flip

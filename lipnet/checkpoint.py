@@ -74,7 +74,7 @@ def save(
     described = _describe(net, "", problems)
     if problems:
         raise CheckpointError("the network cannot be written as data: " + "; ".join(problems))
-    facts = {"input": {"shape": input_shape, "range": input_range}, "classes": classes}
+    facts = {"input": {"shape": _plain(input_shape), "range": _plain(input_range)}, "classes": _plain(classes)}
     try:
         text = json.dumps({"schema": SCHEMA, "lipnet": __version__, "net": described, **facts}, allow_nan=False)
         _input_facts(json.loads(text))
@@ -83,6 +83,11 @@ def save(
     _check_tensors(_build(text), tensors, "the network differs from what its constructor arguments rebuild")
     data = safetensors.torch.save(tensors, {"lipnet": text, "sha256": _digest(text, tensors)})
     write_atomically(pathlib.Path(path), _with_sorted_header(data))
+
+
+def _plain(fact: Any) -> Any:
+    """A sequence of numbers or names as JSON has them: the smallest and the largest of an array or a tensor are numbers too."""
+    return [part.item() if hasattr(part, "item") else part for part in fact] if isinstance(fact, Sequence) and not isinstance(fact, str) else fact
 
 
 def load(path: str | os.PathLike[str]) -> nn.Module:
@@ -112,7 +117,9 @@ def _read(path: pathlib.Path) -> tuple[str, dict[str, Tensor]]:
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); give the path of a file that lipnet.save wrote"
+        ) from error
     if len(data) < 10 or data[8:9] != b"{" or _header_length(data) > len(data) - 8:
         raise CheckpointError(f"{path}: this is not a safetensors file, or it is cut off; save the network with lipnet.save")
     try:
@@ -279,18 +286,22 @@ def _is_number(value: Any) -> bool:
 
 
 def write_atomically(path: pathlib.Path, data: bytes) -> None:
-    """The file is there whole, or as it was before."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """The file is there whole, or as it was before. Raises OSError that names it, and no temporary file."""
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        lacking = f"there is no folder {path.parent}; make it first, or" if not path.parent.is_dir() else f"{error.strerror or error};"
+        raise type(error)(f"{path}: this cannot be written, {lacking} choose another place") from error
 
 
 def _umask() -> int:

@@ -31,6 +31,7 @@ def emma_shift(
 
     `y_j - y_t + e_j epsilon K_tj` with `e_j = clip((y_t - y_j) / (epsilon K_tj), 0.01, 1)` held constant in the gradient.
     """
+    _check(logits, labels)
     margins = logits - logits.gather(1, labels[:, None])
     reach = epsilon * constants[labels]
     ratio = torch.where(reach > 0, -margins / reach.clamp_min(torch.finfo(reach.dtype).tiny), torch.zeros_like(margins))
@@ -91,6 +92,16 @@ class OffsetCrossEntropy(nn.Module):
         return self.temperature * nn.functional.cross_entropy(_lower_label(logits, labels, self.offset) / self.temperature, labels)
 
 
+def _check(logits: Tensor, labels: Tensor) -> None:
+    """What torch says of labels of another kind names its own functions."""
+    if logits.dim() != 2 or labels.shape != logits.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels must be (batch,) of torch.int64 and logits (batch, classes), got labels {tuple(labels.shape)} of {labels.dtype} "
+            f"and logits {tuple(logits.shape)}; labels.long() converts whole numbers"
+        )
+
+
 def _lower_label(logits: Tensor, labels: Tensor, offset: float) -> Tensor:
     """The logits with `offset` taken off the label's."""
+    _check(logits, labels)
     return logits - offset * nn.functional.one_hot(labels, logits.shape[1]).to(logits.dtype)

@@ -205,12 +205,18 @@ def fit(
 
     Raises RuntimeError when the loss or a parameter is no longer finite; the state of the epoch before stays in the folder.
     """
-    device = torch.device(device) if device is not None else next((p.device for p in net.parameters()), torch.device("cpu"))
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe must be a value such as lipnet.Recipe(epochs=10), got {recipe!r:.80}")
+    device = _usable(device) if device is not None else next((p.device for p in net.parameters()), torch.device("cpu"))
     _check_data("images", images, labels, recipe)
     if validation is not None:
+        if not isinstance(validation, tuple | list) or len(validation) != 2:
+            raise ValueError(f"validation must be a pair, images and labels, got {type(validation).__name__}")
         _check_data("validation images", *validation, recipe)
-    if not all(0 <= radius < math.inf for radius in radii):
-        raise ValueError(f"radii must be finite and not negative, got {tuple(radii)}")
+    if not isinstance(radii, Sequence) or not all(0 <= radius < math.inf for radius in radii):
+        raise ValueError(f"radii must be a sequence of finite numbers that are not negative, got {radii!r:.80}")
+    if not callable(progress) and progress is not None:
+        raise ValueError(f"progress must be a function of an EpochReport, such as lipnet.print_progress, got {progress!r:.80}")
     run = _Run(net.to(device), recipe, constants or declared_constants, device, seed, math.ceil(len(images) / recipe.batch))
     radii = tuple(float(radius) for radius in radii) if validation is not None else ()
     _check_net(run, images, [labels] if validation is None else [labels, validation[1]], bool(radii))
@@ -236,6 +242,14 @@ def fit(
             progress(report)
     net.eval()
     return History(tuple(run.reports))
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    """A device on which tensors can be made here."""
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"torch cannot use the device {str(device)!r} here ({checkpoint.first_line(error)}); leave device out, or take 'cpu'") from None
 
 
 class _Run:
@@ -403,6 +417,9 @@ def _declared(module: nn.Module) -> float | Tensor:
 
 def _check_data(what: str, images: Tensor, labels: Tensor, recipe: Recipe) -> None:
     """Refuse what cannot be trained on, naming what was found."""
+    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+        found = f"{type(images).__name__} and {type(labels).__name__}"
+        raise ValueError(f"{what} and their labels must be tensors, got {found}; torch.from_numpy makes them of arrays")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"{what} must be uint8 or floating-point numbers, got {images.dtype}")
     if labels.dim() != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -418,7 +435,11 @@ def _check_data(what: str, images: Tensor, labels: Tensor, recipe: Recipe) -> No
 def _check_net(run: _Run, images: Tensor, labels: Sequence[Tensor], certifies: bool) -> None:
     """One image through the network: refuse labels that it has no logit for, and constants that do not fit."""
     with torch.no_grad():
-        logits = run.net.eval()(run._batch(images, torch.zeros(1, dtype=torch.int64)))
+        image = run._batch(images, torch.zeros(1, dtype=torch.int64))
+        try:
+            logits = run.net.eval()(image)
+        except RuntimeError as error:
+            raise ValueError(f"the network does not take images of shape {tuple(image.shape[1:])}: {checkpoint.first_line(error)}") from error
         if logits.dim() != 2 or logits.shape[1] < 2:
             raise ValueError(f"a classifier returns (batch, classes) with at least two classes, this network returns {tuple(logits.shape)} for one image")
         classes = logits.shape[1]
