@@ -53,11 +53,12 @@ class Dataset:
         return len(self.labels)
 
 
-def load(spec: str, shape: tuple[int, ...] | None = None) -> Dataset:
+def load(spec: str | os.PathLike[str], shape: tuple[int, ...] | None = None) -> Dataset:
     """The data set that `spec` names (see `FORMS`); each input gets the model's `shape`, if the two differ by no more than ones or by being flat.
 
     Raises `DataError` for a form that is not known, a file that is missing, damaged or too large, pixels outside [0, 1], and inputs that do not fit `shape`.
     """
+    spec = os.fspath(spec)
     kind, _, where = spec.partition(":")
     if spec in ("digits", "digits:train", "digits:test"):
         return _dataset(spec, *_digits(spec), _DIGITS, shape)
@@ -69,7 +70,16 @@ def load(spec: str, shape: tuple[int, ...] | None = None) -> Dataset:
         return _dataset(spec, *_folder(spec, where, shape), shape)
     if spec.lower().endswith(".npz"):
         return _dataset(spec, *_npz(spec), None, shape)
-    raise DataError(f"{spec}: this names no data set; the known forms are {', '.join(FORMS)}")
+    raise DataError(f"{spec}: this names no data set; {_meant(spec)}the known forms are {', '.join(FORMS)}")
+
+
+def _meant(spec: str) -> str:
+    """What to do with files that others write, or with a folder."""
+    if pathlib.Path(os.path.expanduser(spec)).is_dir():
+        return f"for a folder say what is in it, such as folder:{spec} where it has a sub-folder of images for each class; "
+    if spec.lower().endswith((".npy", ".csv", ".pt", ".pth", ".pkl", ".mat", ".h5")):
+        return "save inputs and labels together, numpy.savez('FILE.npz', x=inputs, y=labels); "
+    return ""
 
 
 def digits(split: str) -> Dataset:

@@ -227,7 +227,7 @@ def relu_network(graph: Graph) -> ReLUNetwork:
         name = type(graph.module(node)).__name__ if node.op == "call_module" else str(getattr(node.target, "__name__", node.target))
         where = str(node.target) if node.op == "call_module" else node.name
         if [before] != node.all_input_nodes or (node.op != "call_module" and node.target not in _REARRANGING | _ACTIVATING):
-            found.append(Problem(where, name, "is not part of one chain" if [before] != node.all_input_nodes else "is none of these"))
+            found.append(Problem(where, name, "is not part of one chain" if [before] != node.all_input_nodes else "none of these"))
         elif node.op != "call_module":
             if node.target in _ACTIVATING:
                 _activate(steps, graph.input_of(node))
@@ -244,13 +244,11 @@ def relu_network(graph: Graph) -> ReLUNetwork:
                 elif isinstance(part, nn.ReLU):
                     _activate(steps, graph.input_of(node))
                 elif not isinstance(part, nn.Flatten | nn.Identity | nn.Dropout):
-                    found.append(
-                        Problem(where, name, "is none of these" if type(part) is not nn.Linear else "acts on more than vectors; put an nn.Flatten first")
-                    )
+                    found.append(Problem(where, name, "none of these" if type(part) is not nn.Linear else "acts on more than vectors; put an nn.Flatten first"))
                     break
         before = node
     if found or not steps:
-        raise CertifyError(f"LowRank sees through chains of {_KNOWN}; this network has {'; '.join(map(str, found)) or 'no linear layer'}")
+        raise CertifyError(f"LowRank sees through chains of {_KNOWN}; in the way here: {'; '.join(map(str, found)) or 'there is no linear layer'}")
     return ReLUNetwork(tuple(steps), shift, divisor)
 
 

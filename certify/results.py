@@ -13,6 +13,7 @@ import pathlib
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TextIO
 
 from certify.errors import CertifyError
@@ -30,7 +31,8 @@ class Folder:
 
     def __init__(self, path: pathlib.Path, manifest: Manifest, shard: tuple[int, int] = (0, 1)) -> None:
         self.path, self.shard = path, shard
-        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
         self.manifest = _claim(path, manifest)
         self.done = {row["index"] for row in read_rows(path)}
         self._file: TextIO | None = None
@@ -42,11 +44,12 @@ class Folder:
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows; each is one line, and handed to the operating system before the call returns."""
-        if self._file is None:
-            name = f"part-{self.shard[0]}-of-{self.shard[1]}-{uuid.uuid4().hex[:8]}.jsonl"
-            self._file = (self.path / name).open("a", encoding="utf-8")
-        self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
-        self._file.flush()
+        with writing(self.path):
+            if self._file is None:
+                name = f"part-{self.shard[0]}-of-{self.shard[1]}-{uuid.uuid4().hex[:8]}.jsonl"
+                self._file = (self.path / name).open("a", encoding="utf-8")
+            self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            self._file.flush()
         self.done.update(row["index"] for row in rows)
 
     def finish(self) -> bool:
@@ -69,6 +72,8 @@ class Folder:
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     """The manifest of a folder. Raises CertifyError with one sentence."""
     file = path / "manifest.json"
+    if path.is_file():
+        raise CertifyError(f"{path}: this is a file, and what is asked for is a results folder, such as certify run MODEL DATA -o DIR makes")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -91,15 +96,26 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """The file is there whole, or as it was before."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with writing(path):
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+@contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+    """While this file or folder is written. Raises CertifyError, in place of what the system says of the temporary files in between."""
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        yield
+    except OSError as error:
+        lacking = f"there is no folder {path.parent}; make it first, or" if not path.parent.is_dir() else f"{error.strerror or error};"
+        raise CertifyError(f"{path}: this cannot be written, {lacking} choose another place") from error
 
 
 def _lines(file: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -118,13 +134,14 @@ def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.exists():
         temporary = path / f".manifest.{uuid.uuid4().hex}"
-        try:
-            temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
-            os.link(temporary, file)  # creates it whole or not at all
-        except FileExistsError:
-            pass  # another process was first
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(file):
+            try:
+                temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+                os.link(temporary, file)  # creates it whole or not at all
+            except FileExistsError:
+                pass  # another process was first
+            finally:
+                temporary.unlink(missing_ok=True)
     found = read_manifest(path)
     for key in IDENTITY:
         if found.get(key) != json.loads(json.dumps(manifest.get(key))):
@@ -138,4 +155,10 @@ def _difference(was: Any, now: Any) -> tuple[str, str]:
     if isinstance(was, dict) and isinstance(now, Mapping):
         keys = [key for key in {**was, **now} if was.get(key) != now.get(key)][:1]
         was, now = {key: was.get(key) for key in keys}, {key: now.get(key) for key in keys}
-    return tuple(text if len(text) <= 80 else text[:77] + "..." for text in (str(was), str(now)))  # type: ignore[return-value]
+    return _short(was), _short(now)
+
+
+def _short(value: Any) -> str:
+    """Of a list its length too: two selections may differ far from where they begin."""
+    text = f"{len(value)} of them, {', '.join(map(str, value[:4]))}{', ...' if len(value) > 4 else ''}" if isinstance(value, list) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -280,7 +280,7 @@ def test_inspect_says_which_semidefinite_certifiers_apply(tmp_path, capsys, monk
         shown = capsys.readouterr().out
         assert f"certifier lipsdp: applies; {'a matrix inequality of' if lipsdp else 'its matrices are too large'}" in shown
         assert ("certifier lowrank: applies; in a large ball" in shown) == (lowrank is not None)
-        assert lowrank is not None or "MaxMin at 1: is none of these" in " ".join(shown.split())
+        assert lowrank is not None or "in the way here: MaxMin at 1: none of these" in " ".join(shown.split())
     (tmp_path / "odd.py").write_text(start + "nn.Sequential(nn.Linear(8, 8), nn.Softplus())\n")
     assert main(["inspect", f"{tmp_path}/odd.py:make", "--input-shape", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["certifiers"]

@@ -103,6 +103,11 @@ def _behind(before: Preprocessing, model: Model) -> Model:
     shape = before.of_data(model.input_shape)
     if before.bgr and shape is not None and (len(shape) != 3 or shape[0] != 3):
         raise ModelError(f"{model.spec}: --bgr is for images of three channels, and inputs here have the shape {shape}")
+    numbers = len(before.mean or before.std or (0.0,))
+    if shape is not None and numbers not in (1, shape[0]):
+        raise ModelError(
+            f"{model.spec}: --mean and --std have one number, or one for each of the {shape[0]} channels of inputs of shape {shape}, got {numbers}"
+        )
     net = nn.Sequential(*layers, model.net).eval()
     extent = before.range_of_data(model.input_range)
     return dataclasses.replace(model, net=net, input_shape=shape, input_range=extent, opened={**model.opened, **before.facts()})
@@ -140,7 +145,7 @@ def _load(spec: str, input_shape: Shape | None, arch: str | None, trust: bool, g
     if path.suffix == ".onnx" and path.is_file():
         imported = from_onnx(path, input_shape)
         return Model(spec, imported.net, imported.sha256, imported.input_shape, opened=imported.opened, notes=imported.notes)
-    found = "no such file" if not path.exists() else "the ending says nothing that is known"
+    found = "no such file" if not path.exists() else "this is a folder" if path.is_dir() else "the ending says nothing that is known"
     raise ModelError(f"{spec}: {found}; a model is one of {FORMS}")
 
 
