@@ -6,9 +6,9 @@ import argparse
 import enum
 import importlib
 import importlib.metadata
-import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 COMMANDS = ("inspect", "lipschitz", "run", "attack", "audit", "report", "check", "convert")
 
@@ -29,17 +29,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code: int = importlib.import_module(f"certify.cli.{args.command}").run(args)
-        sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("certify: interrupted; what was done is kept, repeat the command to go on", file=sys.stderr)  # noqa: T201
         return Exit.INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # a closed pager or head is no error
-        return Exit.DONE
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        where = str(error) if error.filename is None else f"{error.filename}: {error.strerror}; look at the path, its permissions and the room there"
+        print(f"certify: error: {where}", file=sys.stderr)  # noqa: T201
+        return Exit.ERROR
+    except ValueError as error:
         print(f"certify: error: {error}", file=sys.stderr)  # noqa: T201
         return Exit.ERROR
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose refusals are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(Exit.ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists what can be said\n")
 
 
 class _Version(argparse.Action):
@@ -51,7 +58,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="certify", description="Prove how robust a classifier is.", epilog="certify COMMAND --help says more.")
+    parser = _Parser(prog="certify", description="Prove how robust a classifier is.", epilog="certify COMMAND --help says more.")
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from certify.text import parse_radius
@@ -59,6 +59,18 @@ def load_model(args: argparse.Namespace, stored: Mapping[str, Any] | None = None
     for sentence in model.notes:
         note(sentence)
     return model
+
+
+def given_options(args: argparse.Namespace, add: Callable[[argparse._ActionsContainer], None]) -> list[str]:
+    """Which of the options that `add` adds were given, that is have another value than where nothing is said."""
+    parser = argparse.ArgumentParser()
+    add(parser)
+    return [name for name, value in vars(parser.parse_args([])).items() if getattr(args, name) != value]
+
+
+def option_of(name: str) -> str:
+    """An option as it is written."""
+    return f"--{name.replace('_', '-')}"
 
 
 def numbers(text: str) -> tuple[float, ...]:

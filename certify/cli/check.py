@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.against is not None and args.folder.is_file():
         raise CertifyError(f"{args.folder}: --against compares a results folder of certify run with one of certify attack, and this is a file")
+    if args.folder.is_file():
+        _refuse_options_of_others(args)
     if _is_proof(args.folder):
         return _proof_file(args)
     if args.folder.is_file():
@@ -77,6 +80,17 @@ def run(args: argparse.Namespace) -> int:
     return Exit.CONTRADICTION if wrong else Exit.DONE
 
 
+def _refuse_options_of_others(args: argparse.Namespace) -> None:
+    """A proof has no data and no setting of noise, a log neither a model nor data."""
+    from certify.errors import CertifyError
+
+    proof = _is_proof(args.folder)
+    for name in ("data", "sigma", "n", "alpha", "n0") if proof else ("model", "data"):
+        if getattr(args, name) is not None:
+            kind = "a proof" if proof else "a published log"
+            raise CertifyError(f"{args.folder}: this file is {kind}, for which there is no --{name}; leave it out")
+
+
 def _is_proof(path: pathlib.Path) -> bool:
     """Whether a file begins like a safetensors file: the length of a JSON object, and that."""
     if not path.is_file():
@@ -88,14 +102,20 @@ def _is_proof(path: pathlib.Path) -> bool:
 
 def _proof_file(args: argparse.Namespace) -> int:
     """A proof of LipSDP by the checker that stands alone, and, with a model, that its network is the one of the proof."""
+    import lipnet
     import sdp.check
     from certify.bound import Everywhere
     from certify.cli import Exit
     from certify.cli.console import out, print_json
+    from certify.errors import CertifyError
     from certify.graph import Graph
     from certify.lure import wire
     from sdp import proof_file
 
+    if args.folder.suffix == ".safetensors":
+        with contextlib.suppress(lipnet.CheckpointError):
+            lipnet.open_checkpoint(args.folder)
+            raise CertifyError(f"{args.folder}: this is a network and not a proof; certify lipschitz --method lipsdp --save-proof FILE writes one")
     stored = args.model if args.model and args.model.endswith(".safetensors") else None
     holds, sentence = sdp.check.check(str(args.folder), stored)
     wrong = [] if holds else [sentence]

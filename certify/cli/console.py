@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -22,24 +23,44 @@ class Advance(Protocol):
         """Count them."""
 
 
+def write(stream: TextIO, text: str) -> None:
+    """On stdout or stderr. Where its reader has left (head, a pager) it goes nowhere, and the work goes on, so that the exit code says how that ended."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        _unread(stream)
+
+
+def _unread(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Out(Console):
+    """A console whose reader may leave; rich would end the process with 1, which is the exit code of a gate that is not met."""
+
+    def on_broken_pipe(self) -> None:
+        _unread(sys.stdout)
+
+
 def out() -> Console:
     """The console of results; as wide as a page where stdout is not a terminal."""
-    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 100)
+    return _Out(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 100)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    write(sys.stdout, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def warn(message: str) -> None:
     """A warning in one line on stderr."""
-    sys.stderr.write(f"certify: warning: {message}\n")
+    write(sys.stderr, f"certify: warning: {message}\n")
 
 
 def note(message: str) -> None:
     """Something to know in one line on stderr."""
-    sys.stderr.write(f"certify: note: {message}\n")
+    write(sys.stderr, f"certify: note: {message}\n")
 
 
 class Say(Protocol):
@@ -62,7 +83,7 @@ def live() -> Iterator[Say]:
         nonlocal last
         if time.monotonic() - last > _EVERY:
             last = time.monotonic()
-            sys.stderr.write(f"{text}\n")
+            write(sys.stderr, f"{text}\n")
 
     yield say
 
@@ -85,6 +106,6 @@ def progress(what: str, total: int) -> Iterator[Advance]:
         done += count
         if time.monotonic() - last > _EVERY:
             last = time.monotonic()
-            sys.stderr.write(f"{what}: {done} of {total}\n")
+            write(sys.stderr, f"{what}: {done} of {total}\n")
 
     yield advance

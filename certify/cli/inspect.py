@@ -45,21 +45,22 @@ def run(args: argparse.Namespace) -> int:
         print_json(about)
         return 0
     console = out()
-    console.print(f"model   {model.spec}   {model.parameters:,} parameters   sha256 {model.sha256[:12]}")
+    console.print(f"model   {model.spec}   {model.parameters:,} parameters   sha256 {model.sha256[:12]}", markup=False, soft_wrap=True)
     extent = f", in [{model.input_range[0]:g}, {model.input_range[1]:g}]" if model.input_range else ""
     console.print(f"input   {'x'.join(map(str, model.input_shape)) if model.input_shape else 'shape not stored'}{extent}")
     for name, value in model.opened.items():
         if said := _OPENED.get(name) or (", ".join(map(str, value)) if isinstance(value, list) else str(value)):
-            console.print(f"{name.replace('_', ' ')}: {said}", markup=False)
+            console.print(f"{name.replace('_', ' ')}: {said}", markup=False, soft_wrap=True)
     for name, kind, detail in about["layers"]:
-        console.print(f"  {name:<12} {kind}({detail})", markup=False)
+        console.print(f"  {name:<12} {kind}({detail})", markup=False, soft_wrap=True)
     if about["operators"]:
         counts = Counter(operation for _, operation, _ in about["operators"])
-        console.print(f"graph   by {about['seen_by']}: {', '.join(f'{count} {operation}' for operation, count in sorted(counts.items()))}", markup=False)
+        shown = ", ".join(f"{count} {operation}" for operation, count in sorted(counts.items()))
+        console.print(f"graph   by {about['seen_by']}: {shown}", markup=False, soft_wrap=True)
     for method, verdict in about["certifiers"].items():
-        console.print(f"certifier {method}: {'applies' if verdict['applies'] else 'does not apply'}{_cost_text(method, verdict)}", markup=False)
+        console.print(f"certifier {method}: {'applies' if verdict['applies'] else 'does not apply'}{_cost_text(method, verdict)}", markup=False, soft_wrap=True)
         for problem in verdict["problems"]:
-            console.print(f"  {problem}", markup=False)
+            console.print(f"  {problem}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_lipsdp, add_model, lipsdp, load_model, radius
+from certify.cli.arguments import add_json, add_lipsdp, add_model, given_options, lipsdp, load_model, option_of, radius
 
 if TYPE_CHECKING:
     from certify.bound import Bound, Domain
@@ -44,7 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "frequency: the same for convolutional chains, one program for all frequencies, at sizes that lipsdp cannot hold (docs/lipsdp.md); "
         "local: of all Jacobians around one input (docs/local.md); auto: local with --around, else lipsdp where it is quick, else layerwise",
     )
-    add_lipsdp(parser.add_argument_group("with --method lipsdp"))
+    _add_options(parser)
+    parser.add_argument("--layers", action="store_true", help="print the bound of each layer too")
+    add_json(parser)
+
+
+def _add_options(parser: argparse._ActionsContainer) -> None:
+    """Those of some of the methods."""
+    add_lipsdp(parser.add_argument_group("with --method lipsdp (--norm and --no-pairs with local too, --tolerance with frequency, --seconds with both)"))
     parser.add_argument("--save-proof", type=pathlib.Path, metavar="FILE", help="with --method lipsdp: write what sdp/check.py needs to check the number alone")
     around = parser.add_argument_group("with --method lipsdp or local, around one input")
     around.add_argument("--around", metavar="DATA", help="a data set: the bound is for the ball around one of its inputs")
@@ -57,19 +64,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "them (complete, up to --seconds, at most 60); by intervals, however many gates are undecided (interval); or as their count says (auto)",
     )
     around.add_argument("--radius", type=radius, metavar="R", help="of the ball, in the norm of --norm")
-    parser.add_argument("--layers", action="store_true", help="print the bound of each layer too")
-    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the bound, rounded up, with what it assumes."""
     from certify.cli.console import note, out, print_json
+    from certify.errors import CertifyError
     from certify.text import up_text
 
+    _refuse_options_of_others(args)
     model = load_model(args)
     if args.method == "auto":
         args.method, why = _picked(args, model)
         note(f"auto takes {args.method}: {why}")
+        if args.method == "layerwise" and args.norm != "2":
+            raise CertifyError(
+                f"--norm {args.norm}: layerwise bounds from l2 only; say --method lipsdp, which takes the time that it needs, or give a ball (--around)"
+            )
     domain, where = _domain(args, model)
     bound = _bound(args, model, domain)
     proved = None if args.save_proof is None else _save(args, model, bound)
@@ -94,6 +105,27 @@ def run(args: argparse.Namespace) -> int:
     for assumption in sorted(bound.assumptions, key=lambda a: a.name):
         console.print(f"  assumes {assumption.name}: {assumption.value}", soft_wrap=True)
     return 0
+
+
+_OPTIONS = {  # what each method takes beside those of all
+    "layerwise": (),
+    "frequency": ("tolerance", "seconds"),
+    "lipsdp": ("norm", "solver", "device", "multipliers", "no_pairs", "tolerance", "seconds", "save_proof", "around", "index", "radius"),
+    "local": ("norm", "no_pairs", "seconds", "how", "around", "index", "radius"),
+}
+
+
+def _refuse_options_of_others(args: argparse.Namespace) -> None:
+    """A constant in another norm than the one that was asked for, say, is not what it is taken for."""
+    from certify.errors import CertifyError
+
+    own = {name for method, names in _OPTIONS.items() for name in names if args.method in (method, "auto")}
+    for name in given_options(args, _add_options):
+        if name not in own:
+            methods = " or ".join(method for method, names in _OPTIONS.items() if name in names)
+            raise CertifyError(f"{option_of(name)} is for --method {methods}, and the method is {args.method}; say which of the two is meant")
+    if args.around is None and (args.index or args.radius is not None or args.how != "auto"):
+        raise CertifyError("--index, --radius and --how are of a ball around an input; name the data set with --around, such as --around digits --index 3")
 
 
 def _picked(args: argparse.Namespace, model: Model) -> tuple[str, str]:
@@ -150,13 +182,11 @@ def _domain(args: argparse.Namespace, model: Model) -> tuple[Domain, str]:
     from certify.errors import CertifyError
 
     if args.around is None:
-        if args.radius is not None:
-            raise CertifyError("--radius is of a ball around an input; name the data set with --around, such as --around digits --index 3")
         if args.method == "local":
             raise CertifyError("--method local is for inputs near each other; name a ball with --around, such as --around digits --index 3 --radius 0.1")
         return Everywhere(), "everywhere"
-    if args.method not in ("lipsdp", "local") or args.radius is None:
-        raise CertifyError("--around needs --method lipsdp or local, and --radius R; the other methods have no local bound")
+    if args.radius is None:
+        raise CertifyError("--around needs the radius of the ball too, such as --radius 0.1")
     dataset = data.load(args.around, model.shape)
     if not 0 <= args.index < len(dataset):
         raise CertifyError(f"{args.around} has the inputs 0 to {len(dataset) - 1}, got --index {args.index}")

@@ -32,7 +32,7 @@ _NEEDS = {
 _LAWS = ("exponential", "uniform", "folded-normal", "rayleigh")
 
 
-def add_noise(group: argparse._ArgumentGroup) -> None:
+def add_noise(group: argparse._ActionsContainer) -> None:
     """--noise and what noises need."""
     group.add_argument("--noise", choices=tuple(_NEEDS), help="what the copies are made by (default gaussian); what a radius is of depends on it (docs/cli.md)")
     group.add_argument("--sigma", type=float, metavar="S", help=_OPTIONS["sigma"])
@@ -41,11 +41,6 @@ def add_noise(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--keep", type=int, metavar="K", help=_OPTIONS["keep"])
     group.add_argument("--law", choices=_LAWS, help=_OPTIONS["law"])
     group.add_argument("--norm", choices=["1", "2", "inf"], help="of the radius: inf for gaussian and uniform noise; otherwise it is that of the noise")
-
-
-def given_options(args: argparse.Namespace) -> list[str]:
-    """Which of these were given."""
-    return [f"--{name}" for name in ("noise", *_OPTIONS) if getattr(args, name) is not None]
 
 
 def noise_of(
@@ -61,7 +56,7 @@ def noise_of(
     needs = ("law", "scale") if name == "gamma" and (args.law or args.scale) else _NEEDS[name]
     for option in needs:
         if getattr(args, option) is None:
-            raise CertifyError(f"--noise {name} needs --{option}, {_OPTIONS[option]}, such as --{option} {_EXAMPLE[option]}")
+            raise CertifyError(f"--noise {name} needs --{option} ({_OPTIONS[option]}), such as --{option} {_EXAMPLE[option]}")
     for option in _OPTIONS:
         if option not in needs and getattr(args, option) is not None:
             raise CertifyError(f"--noise {name} has no --{option}; it takes {' and '.join('--' + need for need in needs)}")

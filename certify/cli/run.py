@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from certify.cli.arguments import add_json, add_model, add_radii, add_selection, load_model, radius, shard_here, span
-from certify.cli.noises import add_noise, given_options, noise_of
+from certify.cli.arguments import add_json, add_model, add_radii, add_selection, given_options, load_model, option_of, radius, shard_here, span
+from certify.cli.noises import add_noise, noise_of
 from certify.cli.report import show
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
     group.add_argument("--nodes", type=int, metavar="N", help="local: with --radius, the most that branch and bound looks at for each margin (default 2000)")
-    group.add_argument("--seconds", type=float, default=60.0, metavar="S", help="local: for each input (default 60); what is proved by then is its radius")
+    group.add_argument("--seconds", type=float, metavar="S", help="local: for each input (default 60); what is proved by then is its radius")
     group.add_argument("--within", type=span, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
         "--proposer",
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
 
 
-def _add_smoothing(group: argparse._ArgumentGroup) -> None:
+def _add_smoothing(group: argparse._ActionsContainer) -> None:
     add_noise(group)
     group.add_argument("--alpha", type=float, default=0.001, metavar="A", help="each certificate fails with at most this probability (default 0.001)")
     group.add_argument("--n", type=int, default=100_000, metavar="N", help="at most so many noisy copies of each input (default 100000)")
@@ -113,12 +113,18 @@ def run(args: argparse.Namespace) -> int:
 def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     """Certify what is not yet in the folder, until a time of time.monotonic at the latest (what is begun is ended); says whether all is done."""
     from certify import data
+    from certify.errors import CertifyError
     from certify.smoothing.noise.other import given
 
     _refuse_options_of_others(args)
     model = load_model(args)
     shape = given(noise_of(args, model.shape), model.shape) if args.method == "smoothing" else model.shape
-    dataset = data.load(args.data, shape)
+    try:
+        dataset = data.load(args.data, shape)
+    except data.DataError as error:
+        if shape == model.shape:
+            raise
+        raise CertifyError(f"{error}; with --noise {args.noise} the network takes copies of shape {model.shape}, made of inputs of shape {shape}") from error
     prepare = {"margin": _margin, "local": _local, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
     manifest = {**manifest_of(model, dataset, selection_of(args, len(dataset))), **facts}
@@ -144,13 +150,13 @@ def fill_folder(args: argparse.Namespace, manifest: Mapping[str, Any], rows_of: 
 def _refuse_options_of_others(args: argparse.Namespace) -> None:
     from certify.errors import CertifyError
 
-    if args.method != "smoothing" and (found := given_options(args)):
-        raise CertifyError(f"{found[0]} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
+    if args.method != "smoothing" and (found := [name for name in given_options(args, _add_smoothing) if name != "norm"]):
+        raise CertifyError(f"{option_of(found[0])} is for --method smoothing, and the method is {args.method}; say which of the two is meant")
     if args.method != "margin" and args.bound != "layerwise":
         raise CertifyError(f"--bound is for --method margin, and the method is {args.method}; say which of the two is meant")
     if args.method not in ("lowrank", "local") and args.radius is not None:
         raise CertifyError(f"--radius is for --method local or lowrank, and the method is {args.method}; --eps chooses the radii of the table")
-    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("nodes", "local"), ("within", "local")):
+    for option, method in (("proposer", "lowrank"), ("steps", "local"), ("nodes", "local"), ("within", "local"), ("seconds", "local")):
         if args.method != method and getattr(args, option) is not None:
             raise CertifyError(f"--{option} is for --method {method}, and the method is {args.method}; say which of the two is meant")
 
@@ -188,6 +194,7 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
 
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
+    from certify.cli.console import write
     from certify.errors import CertifyError
     from certify.methods import Layerwise, lipschitz
     from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax, Sparsemax
@@ -228,7 +235,7 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
             yield [row]
         took = time.perf_counter() - start
         if copies:
-            sys.stderr.write(f"{copies} noisy copies in {took:.1f} s, {copies / took:.3g} per second\n")
+            write(sys.stderr, f"{copies} noisy copies in {took:.1f} s, {copies / took:.3g} per second\n")
 
     return about, certify
 
@@ -249,7 +256,7 @@ def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[di
 
     steps = LocalMargin.steps if args.steps is None else args.steps
     nodes = LocalMargin.nodes if args.nodes is None else args.nodes
-    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, nodes=nodes, seconds=args.seconds)
+    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, nodes=nodes, seconds=60.0 if args.seconds is None else args.seconds)
     facts, certify = _one_by_one(method, model, dataset)
     return {**facts, "within": args.within}, certify
 

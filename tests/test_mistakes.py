@@ -1,0 +1,237 @@
+"""Natural mistakes end in one sentence: what was asked, what was found, what to do next. None of them gives a number of something else."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import certify
+import lipnet
+from certify.cli import Exit, main
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+@pytest.fixture(scope="module")
+def inputs() -> torch.Tensor:
+    return torch.rand(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def certificate(net, inputs):
+    return certify.robustness(net, inputs, certify.Margin(certify.lipschitz(net, input_shape=(6,))))
+
+
+@pytest.fixture(scope="module")
+def model(net, tmp_path_factory) -> str:
+    path = str(tmp_path_factory.mktemp("model") / "net.safetensors")
+    lipnet.save(net, path, input_shape=(6,), input_range=(0, 1))
+    return path
+
+
+@pytest.fixture(scope="module")
+def points(inputs, tmp_path_factory) -> str:
+    path = str(tmp_path_factory.mktemp("data") / "d.npz")
+    np.savez(path, x=inputs.numpy(), y=np.array([0, 1, 2, 0]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.tensor([[0], [1], [2], [0]]),  # would be compared with each other
+        nn.functional.one_hot(torch.tensor([0, 1, 2, 0])),
+        [1],
+        1,
+        [0, 1, 2],
+        torch.tensor([0.5, 1, 2, 0]),
+        ["0", "1", "2", "0"],
+        torch.tensor([True, False, True, True]),
+    ],
+    ids=["columns", "one-hot", "one", "number", "too few", "floats", "names", "bools"],
+)
+def test_labels_of_another_kind_give_no_accuracy(certificate, labels):
+    with pytest.raises(ValueError, match="one whole number for each of 4 inputs, got the shape"):
+        certificate.accuracy(labels, 0.1)
+
+
+@pytest.mark.parametrize("radius", [[0.1, 0.2], "0.1", None, float("nan"), -1])
+def test_a_radius_is_one_number(certificate, radius):
+    with pytest.raises(ValueError, match="a radius is one number"):
+        certificate.accuracy([0, 1, 2, 0], radius)
+
+
+def test_no_input_has_no_accuracy(net, inputs):
+    none = certify.robustness(net, inputs[:0], certify.LocalMargin())
+    assert str(none).startswith("0 inputs, median certified l2 radius -")
+    with pytest.raises(ValueError, match="there is no input"):
+        none.accuracy([], 0.1)
+
+
+MISTAKES = {
+    "shape": (lambda net, x: certify.lipschitz(net, input_shape=6), r"input_shape is the sizes of one input.* got 6"),
+    "shape in words": (lambda net, x: certify.lipschitz(net, input_shape="6"), r"input_shape is the sizes of one input.* got '6'"),
+    "path": (lambda net, x: certify.lipschitz("net.safetensors", input_shape=(6,)), "a network is a torch module, got a str; lipnet.load"),
+    "weights": (lambda net, x: certify.lipschitz(net.state_dict(), input_shape=(6,)), "a network is a torch module, got a OrderedDict"),
+    "method in words": (lambda net, x: certify.lipschitz(net, "lipsdp", input_shape=(6,)), "a method is a value such as"),
+    "method as a class": (lambda net, x: certify.lipschitz(net, certify.LipSDP, input_shape=(6,)), "a method is a value such as"),
+    "domain": (lambda net, x: certify.lipschitz(net, input_shape=(6,), domain=(x[0], 0.1)), "a domain is a value such as certify.Ball"),
+    "size of a ball": (
+        lambda net, x: certify.lipschitz(net, certify.Local(), input_shape=(6,), domain=certify.Ball(x[0, :5], 0.1)),
+        "of 6 inputs, got Ball of 5 in l2$",
+    ),
+    "ball of words": (lambda net, x: certify.Ball("middle", 0.1), "has an array or a tensor of numbers in it, got a str"),
+    "box": (lambda net, x: certify.Box(x[0], x), "a Box needs low <= high"),
+    "array": (lambda net, x: certify.robustness(net, x.numpy(), certify.LocalMargin()), "inputs are a tensor .* got ndarray; torch.from_numpy"),
+    "one input": (lambda net, x: certify.robustness(net, x[0], certify.LocalMargin()), r"a batch \(N, ...\), got the shape \(6,\); a single input x is"),
+    "no method": (lambda net, x: certify.robustness(net, x, certify.LocalMargin), "a method is a value such as certify.Margin"),
+    "a bound": (lambda net, x: certify.robustness(net, x, certify.lipschitz(net, input_shape=(6,))), "a method is a value such as certify.Margin"),
+    "attacked array": (lambda net, x: certify.falsify(net, x.numpy(), certify.PGD()), "inputs are a tensor"),
+    "attack as a class": (lambda net, x: certify.falsify(net, x, certify.PGD), "an attack is a value such as certify.PGD"),
+    "norm in words": (lambda net, x: certify.PGD(norm="inf"), "got norm 'inf'; pass 2 or math.inf"),
+    "norm of Local": (lambda net, x: certify.Local("inf"), "got norm='inf'; pass 1, 2 or math.inf"),
+    "norm of LipSDP": (lambda net, x: certify.LipSDP(norm="2"), "got norm='2'; pass 1, 2 or math.inf"),
+    "sigma alone": (lambda net, x: certify.Smoothing(0.25), "a noise is a value such as certify.smoothing.Gaussian"),
+    "training": (lambda net, x: certify.lipschitz(nn.Sequential(nn.Linear(6, 3), nn.ReLU()), input_shape=(6,)), "has one place without one: .*net.eval"),
+    "device": (lambda net, x: lipnet.fit(net, x, torch.zeros(4).long(), lipnet.Recipe(epochs=1), device="gpu"), "cannot use the device 'gpu' here"),
+    "trained on arrays": (lambda net, x: lipnet.fit(net, x.numpy(), np.zeros(4), lipnet.Recipe(epochs=1)), "must be tensors, got ndarray"),
+    "trained by a dict": (lambda net, x: lipnet.fit(net, x, torch.zeros(4).long(), {"epochs": 1}), "recipe must be a value such as lipnet.Recipe"),
+    "validated by images": (
+        lambda net, x: lipnet.fit(net, x, torch.zeros(4).long(), lipnet.Recipe(epochs=1), validation=x),
+        "validation must be a pair, images and labels, got Tensor",
+    ),
+    "one radius": (lambda net, x: lipnet.fit(net, x, torch.zeros(4).long(), lipnet.Recipe(epochs=1), radii=0.1), "radii must be a sequence"),
+    "trained on others": (
+        lambda net, x: lipnet.fit(net, x[:, :5], torch.zeros(4).long(), lipnet.Recipe(epochs=1)),
+        r"the network does not take images of shape \(5,\)",
+    ),
+    "labels of 32 bits": (lambda net, x: lipnet.OffsetCrossEntropy()(net(x), torch.zeros(4).int()), r"labels.long\(\) converts"),
+    "one-hot labels": (lambda net, x: lipnet.EMMA()(net(x), torch.zeros(4, 3), torch.ones(3, 3)), r"got labels \(4, 3\) of torch.float32"),
+    "no folder": (lambda net, x: lipnet.save(net, "none/net.safetensors"), "there is no folder none; make it first"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_arguments_of_another_kind_are_named(net, inputs, name):
+    mistake, sentence = MISTAKES[name]
+    with pytest.raises(OSError if name == "no folder" else ValueError, match=sentence) as refused:
+        mistake(net, inputs)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_tensors_are_centers_and_facts(net, inputs, tmp_path):
+    """A tensor is as good as an array where it has the same numbers."""
+    ball, box = certify.Ball(inputs[0], 0.1), certify.Box(inputs[0] - 0.1, inputs[0] + 0.1)
+    for domain, same in ((ball, certify.Ball(inputs[0].double().numpy(), 0.1)), (box, certify.Box((inputs[0] - 0.1).numpy(), (inputs[0] + 0.1).numpy()))):
+        found, again = (certify.lipschitz(net, certify.Local(), input_shape=(6,), domain=each) for each in (domain, same))
+        assert found.value == again.value
+        assert domain.covers(same)
+        assert same.covers(domain)
+    lipnet.save(net, tmp_path / "net.safetensors", input_shape=inputs.shape[1:], input_range=(inputs.min(), np.float32(1)))
+    assert lipnet.open_checkpoint(tmp_path / "net.safetensors").input_range == (float(inputs.min()), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--norm", "inf"], "--norm is for --method lipsdp or local, and the method is layerwise"),
+        (["--solver", "scs"], "--solver is for --method lipsdp,"),
+        (["--no-pairs"], "--no-pairs is for --method lipsdp or local"),
+        (["--tolerance", "0.1"], "--tolerance is for --method frequency or lipsdp"),
+        (["--save-proof", "x.proof"], "--save-proof is for --method lipsdp"),
+        (["--around", "digits", "--radius", "0.1"], "--around is for --method lipsdp or local"),
+        (["--method", "lipsdp", "--how", "crown"], "--how is for --method local"),
+        (["--method", "lipsdp", "--radius", "0.1"], "name the data set with --around"),
+        (["--method", "lipsdp", "--index", "1"], "name the data set with --around"),
+        (["--method", "frequency", "--norm", "inf"], "--norm is for --method lipsdp or local"),
+        (["--method", "local", "--around", "digits"], "--around needs the radius of the ball too"),
+    ],
+)
+def test_an_option_of_another_method_of_lipschitz_is_refused(model, options, said, capsys):
+    assert main(["lipschitz", model, *options]) == Exit.ERROR
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--n=9", "--alpha=0.1", "--n0=3", "--fixed", "--target=1", "--levels=16", "--scores=softmax:1", "--batch=3", "--seed=1", "--shared-noise"]
+)
+def test_an_option_of_smoothing_is_refused_by_other_methods(model, points, option, tmp_path, capsys):
+    for method in ("margin", "local"):
+        assert main(["run", model, points, "-o", str(tmp_path / "a"), "--method", method, option]) == Exit.ERROR
+        assert f"{option.partition('=')[0]} is for --method smoothing, and the method is {method}" in capsys.readouterr().err
+    assert main(["run", model, points, "-o", str(tmp_path / "a"), "--seconds", "3"]) == Exit.ERROR
+    assert "--seconds is for --method local" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_places_that_cannot_be_written_are_named(model, points, tmp_path, capsys):
+    run = ["run", model, points, "-o", str(tmp_path / "a")]
+    assert main([*run, "--quiet"]) == Exit.DONE
+    (tmp_path / "file").write_text("")
+    for words, place in (
+        (["run", model, points, "-o", str(tmp_path / "file")], "file"),
+        (["report", str(tmp_path / "a"), "--html", str(tmp_path / "none" / "r.html")], "none/r.html"),
+        (["report", str(tmp_path / "a"), "--tsv", str(tmp_path)], ""),
+    ):
+        assert main(words) == Exit.ERROR
+        said = capsys.readouterr().err
+        assert f"{tmp_path / place}: this cannot be written" in said
+        assert "choose another place" in said
+        assert "Errno" not in said
+    assert main([*run, "--limit", "2"]) == Exit.ERROR
+    assert "was started with selection 4 of them, 0, 1, 2, 3, now it is 2 of them, 0, 1;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("x.npy", "numpy.savez"), ("x.csv", "numpy.savez"), (".", "say what is in it, such as folder:."), ("x", "the known")]
+)
+def test_data_of_another_form_are_told_what_to_become(name, said):
+    with pytest.raises(certify.data.DataError, match=said):
+        certify.data.load(name)
+
+
+def test_a_path_is_data_too(points):
+    assert len(certify.data.load(pathlib.Path(points), (6,))) == 4
+
+
+def test_usage_is_one_sentence(model, capsys):
+    for words, said in (
+        (["run", model], "DATA, -o/--output; certify run --help"),
+        (["nothing"], "certify --help"),
+        (["run", "--seed", "x"], "certify run --help"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        shown = capsys.readouterr().err
+        assert ended.value.code == Exit.ERROR
+        assert said in shown
+        assert len(shown.splitlines()) == 1
+
+
+def test_means_that_do_not_fit_are_named(model, capsys):
+    assert main(["inspect", model, "--mean", "0.1,0.2"]) == Exit.ERROR
+    assert "one number, or one for each of the 6 channels of inputs of shape (6,), got 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--fail-under", "1@9"], ["--fail-under", "1@9", "--json"], []], ids=["table", "json", "no gate"])
+def test_the_exit_code_is_that_of_the_work_where_the_reader_of_stdout_has_left(model, points, words, tmp_path):
+    assert main(["run", model, points, "-o", str(tmp_path / "a"), "--quiet"]) == Exit.DONE
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "certify", "report", str(tmp_path / "a"), *words]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert done.returncode == (Exit.GATE if words else Exit.DONE)
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
