@@ -49,7 +49,7 @@ def _strided(padding: int, activation: type[nn.Module]) -> Callable[[Tensors], n
         kernels = [tensor.shape for name, tensor in tensors.items() if name.endswith("weight") and tensor.dim() == 4]
         dense = [tensor.shape for name, tensor in tensors.items() if name.endswith("weight") and tensor.dim() == 2]
         if not kernels or not dense or any(high != wide for *_, high, wide in kernels):
-            raise ModelError("this architecture has convolutions with square kernels and dense layers, the file has not")
+            raise ModelError("this architecture has convolutions with square kernels and dense layers, the file has not; name another with --arch")
         layers: list[nn.Module] = []
         for out, into, taps, _ in kernels:
             layers += [nn.Conv2d(into, out, taps, stride=2, padding=padding), activation()]

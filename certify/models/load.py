@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from certify.models.trusted import run_file, sources
 from certify.models.weights import ModelError as ModelError
 from certify.models.weights import NeedsTrust, fill, read_state_dict, unwrapped
 from certify.registry import Shape
-from lipnet.checkpoint import hash_tensors
+from lipnet.checkpoint import first_line, hash_tensors
 
 FORMS = (
     "net.safetensors (written by lipnet.save), net.onnx, net.pth with --arch, "
@@ -131,7 +132,7 @@ def _load(spec: str, input_shape: Shape | None, arch: str | None, trust: bool, g
         return dataclasses.replace(_from_weights(spec, weights_of(spec), input_shape, spec, trust=False, guess=guess), classes=PRETRAINED[spec].classes)
     if path.suffix in _WEIGHTS and path.is_file():
         return _from_weights(spec, path, input_shape, arch, trust, guess)
-    if arch is not None:
+    if arch is not None and (path.exists() or path.suffix not in _WEIGHTS):
         raise ModelError(f"{spec}: --arch is for a file of weights ({', '.join(_WEIGHTS[:3])}, ...); other models say themselves what they are")
     if ":" in spec and not path.exists():
         net, source = _from_factory(spec)
@@ -193,7 +194,10 @@ def _from_factory(spec: str) -> tuple[nn.Module, bytes]:
     """What `module:factory` or `file.py:factory` returns, and the file it comes from. The user has named the code to run."""
     place, _, name = spec.rpartition(":")
     factory, source = _attribute(spec, place, name)
-    net = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    try:
+        net = factory() if callable(factory) and not isinstance(factory, nn.Module) else factory
+    except Exception as error:  # whatever code of somebody else raises
+        raise ModelError(f"{spec}: {_failed(error)}; name a function without arguments that returns the network") from error
     if not isinstance(net, nn.Module):
         raise ModelError(f"{spec}: the factory returned {type(net).__name__}, not a torch module; return the network, in eval mode")
     return net.cpu().eval(), source
@@ -203,12 +207,21 @@ def _attribute(spec: str, place: str, name: str) -> tuple[Callable[[], Any] | nn
     try:
         module = _import_file(pathlib.Path(place).expanduser()) if place.endswith(".py") else importlib.import_module(place)
     except (ImportError, OSError, ValueError) as error:
-        raise ModelError(f"{spec}: {place!r} cannot be imported ({error}); a model is one of {FORMS}") from error
+        raise ModelError(f"{spec}: {place!r} cannot be imported ({first_line(error)}); a model is one of {FORMS}") from error
+    except Exception as error:
+        raise ModelError(f"{spec}: {_failed(error)}; python {place} says more") from error
     if not hasattr(module, name):
         raise ModelError(f"{spec}: {place!r} has no {name!r}; name a function of it that returns the network")
     found: Callable[[], Any] | nn.Module = getattr(module, name)
     file = getattr(module, "__file__", None)
     return found, pathlib.Path(file).read_bytes() if file else b""
+
+
+def _failed(error: Exception) -> str:
+    """What went wrong in the user's own code, and where."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (frames[-1].filename, frames[-1].lineno)
+    return f"running it failed ({type(error).__name__}: {first_line(error)}, at {file}, line {line})"
 
 
 def _import_file(path: pathlib.Path) -> Any:

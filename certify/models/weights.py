@@ -75,7 +75,10 @@ def check_start(path: pathlib.Path) -> bytes:
 
 def _check_kind(path: pathlib.Path) -> None:
     """Refuse what is no file of weights by its first bytes and, for a zip archive, by its names and sizes."""
-    if not check_start(path).startswith(b"PK"):
+    start = check_start(path)
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        raise ModelError(f"{path}: it is a safetensors file by another name; rename it to {path.stem}.safetensors, if lipnet.save wrote it")
+    if not start.startswith(b"PK"):
         return  # torch's older format, or nothing that torch knows: it says so
     try:
         with zipfile.ZipFile(path) as archive:
