@@ -16,6 +16,7 @@ from certify.text import up_text
 if TYPE_CHECKING:
     from certify.errors import CertifyError
     from certify.graph import Graph
+    from certify.local.program import Program
     from certify.models import Model
 
 HELP = "Show the layers of a model, its input, and which certifiers apply."
@@ -189,9 +190,24 @@ def _lipsdp(graph: Graph) -> dict[str, Any]:
         signals = signals_of(graph)
     except CertifyError as error:
         return _verdict(error)
-    if signals is None:
+    if signals is None and (signals := _counted(graph)) is None:
         return {**_verdict(None), "signals": None, "mebibytes": None, "seconds": None}
     return {**_verdict(None), "signals": signals, "mebibytes": _mebibytes(memory(signals)), "seconds": _LIPSDP * signals**3 / _flops()}
+
+
+def _counted(graph: Graph) -> int | None:
+    """The signals of a network whose matrices are too large to look at: its inputs, its gates and 1. Fewer where some neurons have no weights."""
+    from certify.errors import CertifyError
+    from certify.local.method import program_of
+
+    try:
+        return math.prod(graph.input_shape) + _gates(program_of(graph)) + 1
+    except CertifyError:
+        return None
+
+
+def _gates(program: Program) -> int:
+    return sum(math.prod(program.shapes[program.steps[k].inputs[0]]) for k in program.gates)
 
 
 def _frequency(graph: Graph) -> dict[str, Any]:
@@ -220,7 +236,7 @@ def _local(graph: Graph) -> dict[str, Any]:
         program = program_of(graph)
     except CertifyError as error:
         return _verdict(error)
-    gates = sum(math.prod(program.shapes[program.steps[k].inputs[0]]) for k in program.gates)
+    gates = _gates(program)
     inputs, undecided, rows = math.prod(graph.input_shape), min(gates, _UNDECIDED), max(1, program.outputs - 1)
     start = time.perf_counter()
     program.run(torch.zeros(inputs, dtype=torch.float64))

@@ -42,7 +42,7 @@ DIVIDING = (operator.truediv, torch.div, torch.true_divide, "div", "true_divide"
 _ARITHMETIC = (*_SUMS, "add", operator.sub, torch.sub, "sub", operator.mul, torch.mul, "mul", *DIVIDING)
 _ROOM = 1e-7
 _SHARE = 0.5  # of the machine's memory
-_LOOKED_AT = 2**24  # entries of a layer's matrix
+_LOOKED_AT = 2**22  # entries of a layer's matrix: a second or two; four times as many take half a minute
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
