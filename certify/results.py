@@ -26,6 +26,10 @@ Row = Mapping[str, Any]
 Manifest = Mapping[str, Any]
 
 
+class OtherRun(CertifyError):
+    """A folder that holds the results of another run."""
+
+
 class Folder:
     """A results folder, opened for a run. Use as a context manager; `add` appends a row and flushes it."""
 
@@ -77,6 +81,8 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if inside := sorted(folder.parent.name for folder in path.glob("*/manifest.json")):
+            raise CertifyError(f"{path}: this is not a results folder, it has some in it ({', '.join(inside)}); name one, such as {path / inside[0]}") from None
         raise CertifyError(f"{path}: this is not a results folder, it has no manifest.json; make one with certify run MODEL DATA -o {path}") from None
     except (OSError, ValueError) as error:
         raise CertifyError(f"{file}: cannot be read ({error}); make the folder again with certify run") from error
@@ -146,7 +152,7 @@ def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
     for key in IDENTITY:
         if found.get(key) != json.loads(json.dumps(manifest.get(key))):
             was, now = _difference(found.get(key), manifest.get(key))
-            raise CertifyError(f"{path}: the folder was started with {key} {was}, now it is {now}; choose another -o, or repeat the command that made it")
+            raise OtherRun(f"{path}: the folder was started with {key} {was}, now it is {now}; choose another -o, or repeat the command that made it")
     return found
 
 

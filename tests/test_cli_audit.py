@@ -138,4 +138,7 @@ def test_a_method_that_stops_is_named_with_the_way_around_it(tmp_path: pathlib.P
     assert main(command) == Exit.ERROR
     assert "attack: attacks follow gradients" in (said := capsys.readouterr().err)
     assert "add --skip local,attack" in said
+    assert main([*command, "--limit", "1"]) == Exit.ERROR
+    assert "choose another -o" in (said := capsys.readouterr().err)
+    assert "add --skip" not in said
     assert main([*command[:-1], "local,attack"]) == Exit.DONE

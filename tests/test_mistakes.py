@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -199,6 +200,48 @@ def test_places_that_cannot_be_written_are_named(model, points, tmp_path, capsys
 def test_data_of_another_form_are_told_what_to_become(name, said):
     with pytest.raises(certify.data.DataError, match=said):
         certify.data.load(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def make(:\n", "SyntaxError: .*line 1"),
+        ("def make():\n    return missing\n", "NameError: name 'missing' is not defined, at .*theirs.py, line 2"),
+        ("def make(width):\n    return width\n", "TypeError: make.. missing 1 required"),
+        ("raise RuntimeError('not today')\n", "RuntimeError: not today, at .*theirs.py, line 1"),
+    ],
+)
+def test_code_that_fails_is_named_by_its_line(code, said, tmp_path, capsys):
+    (tmp_path / "theirs.py").write_text(code)
+    assert main(["inspect", f"{tmp_path / 'theirs.py'}:make"]) == Exit.ERROR
+    assert re.search(said, shown := capsys.readouterr().err)
+    assert len(shown.splitlines()) == 1
+
+
+def test_files_by_another_name_and_missing_ones_are_named(net, tmp_path, capsys):
+    lipnet.save(net, tmp_path / "net.pth")
+    for name, said in (("net.pth", "it is a safetensors file by another name"), ("none.pth", "none.pth: no such file"), (".", "this is a folder")):
+        assert main(["inspect", str(tmp_path / name), *(["--arch", "mlp"] if name != "." else [])]) == Exit.ERROR
+        assert said in capsys.readouterr().err
+
+
+def test_labels_that_the_network_has_no_output_for_are_refused(model, inputs, tmp_path, capsys):
+    np.savez(tmp_path / "d.npz", x=inputs.numpy(), y=np.array([1, 2, 3, 1]))
+    for command in (["run"], ["attack"], ["audit"], ["run", "--method", "smoothing", "--sigma", "0.2"]):
+        assert main([command[0], model, str(tmp_path / "d.npz"), "-o", str(tmp_path / "a"), *command[1:]]) == Exit.ERROR
+        assert "labels go from 1 to 3, and the network has 3 outputs, the classes 0 to 2" in capsys.readouterr().err
+    assert main(["run", model, str(tmp_path / "d.npz"), "-o", str(tmp_path / "a"), "--limit", "2", "--quiet"]) == Exit.DONE
+
+
+def test_an_audit_refuses_at_once_what_cannot_be_smoothed(model, points, tmp_path, capsys):
+    for option, said in ((["--sigma", "-1"], "sigma is a positive"), (["--sigma", "1", "--n", "5"], "cannot certify anything")):
+        assert main(["audit", model, points, "-o", str(tmp_path / "a"), *option]) == Exit.ERROR
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+    assert main(["audit", model, points, "-o", str(tmp_path / "a"), "--skip", "local,lipsdp", "--limit", "1"]) == Exit.DONE
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "a")]) == Exit.ERROR
+    assert f"it has some in it (attack, margin); name one, such as {tmp_path / 'a' / 'attack'}" in capsys.readouterr().err
 
 
 def test_a_path_is_data_too(points):

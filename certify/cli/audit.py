@@ -73,18 +73,28 @@ NAMES = tuple(STAGES)
 
 def run(args: argparse.Namespace) -> int:
     """Look at the model, run what applies, one after the other, and show all of it."""
+    from certify.cli.console import notes_once
+
+    with notes_once():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from certify import data
     from certify.cli import report
     from certify.cli.console import note
     from certify.cli.inspect import certifiers
-    from certify.cli.run import selection_of
+    from certify.cli.run import check_labels, selection_of, smoothing_of
     from certify.errors import CertifyError
+    from certify.results import OtherRun, writing
 
     if unknown := set(args.skip) - set(NAMES):
         raise CertifyError(f"--skip knows {', '.join(NAMES)}, got {', '.join(sorted(unknown))}")
     end = time.monotonic() + args.budget
     model = load_model(args)
-    count = len(selection_of(args, len(data.load(args.data, model.shape))))
+    dataset = data.load(args.data, model.shape)
+    count = len(selection := selection_of(args, len(dataset)))
+    check_labels(model, dataset, selection)
     note(f"{model.spec}: {model.parameters:,} parameters, {count} inputs of {args.data}, about {args.budget:.0f} seconds")
     args.clip = args.within is not None and args.within[0] <= 0 and args.within[1] >= 1 and model.input_range in (None, (0.0, 1.0))
     if args.within is not None and not args.clip:
@@ -95,14 +105,19 @@ def run(args: argparse.Namespace) -> int:
         note(f"{name} is left out: {why}")
     chosen = [name for name in NAMES if name not in left_out]
     if not chosen:
-        raise CertifyError(f"{args.model}: no method applies; certify inspect names what stands in the way")
-    args.output.mkdir(parents=True, exist_ok=True)
+        raise CertifyError(f"{args.model}: no method applies that is not skipped; certify inspect names what stands in the way")
+    if "smoothing" in chosen:
+        _ = smoothing_of(_arguments("smoothing", args), model.shape).procedure(model.shape).start(2)  # a sigma that is none is not to be found last
+    with writing(args.output):
+        args.output.mkdir(parents=True, exist_ok=True)
     for position, name in enumerate(chosen):
         share = STAGES[name].share / sum(STAGES[other].share for other in chosen[position:])
         seconds = max(1.0, share * (end - time.monotonic()))
         note(f"{name}: up to {seconds:.0f} seconds")
         try:
             done = _fill(name, args, seconds, count)
+        except OtherRun as error:
+            raise CertifyError(f"{name}: {error}") from error
         except CertifyError as error:
             raise CertifyError(f"{name}: {error}; to audit by the others, add --skip {','.join([*args.skip, name])}") from error
         if not done:
@@ -136,17 +151,24 @@ def _fill(name: str, args: argparse.Namespace, seconds: float, count: int) -> bo
     """Run one method into its folder, as its own command would, for so long; says whether all inputs are done."""
     import importlib
 
+    made = _arguments(name, args)
+    if name == "local":
+        made.seconds = max(1.0, seconds / count)
+    done: bool = importlib.import_module(f"certify.cli.{STAGES[name].command}").fill(made, time.monotonic() + seconds)
+    return done
+
+
+def _arguments(name: str, args: argparse.Namespace) -> argparse.Namespace:
+    """Those of a method's own command."""
+    import importlib
+
     stage = STAGES[name]
-    module = importlib.import_module(f"certify.cli.{stage.command}")
     parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    importlib.import_module(f"certify.cli.{stage.command}").add_arguments(parser)
     made = parser.parse_args([args.model, args.data, "-o", str(args.output / name), "--quiet", *stage.arguments])
     opening = argparse.ArgumentParser()
     add_opening(opening)
     passed = {*vars(opening.parse_args([])), "limit", "indices", "shard", *stage.takes}
     for option in passed:
         setattr(made, option, getattr(args, option))
-    if name == "local":
-        made.seconds = max(1.0, seconds / count)
-    done: bool = module.fill(made, time.monotonic() + seconds)
-    return done
+    return made

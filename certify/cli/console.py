@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
@@ -58,8 +59,26 @@ def warn(message: str) -> None:
     write(sys.stderr, f"certify: warning: {message}\n")
 
 
+_SAID: ContextVar[set[str] | None] = ContextVar("_SAID", default=None)
+
+
+@contextmanager
+def notes_once() -> Iterator[None]:
+    """Within it a note is said the first time only: an audit opens the same model for each method."""
+    token = _SAID.set(set())
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
+
+
 def note(message: str) -> None:
     """Something to know in one line on stderr."""
+    said = _SAID.get()
+    if said is not None and message in said:
+        return
+    if said is not None:
+        said.add(message)
     write(sys.stderr, f"certify: note: {message}\n")
 
 

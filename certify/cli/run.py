@@ -17,11 +17,13 @@ from certify.cli.noises import add_noise, noise_of
 from certify.cli.report import show
 
 if TYPE_CHECKING:
+    from certify.bound import Bound
     from certify.data import Dataset
     from certify.graph import Graph
     from certify.margins import Margin
     from certify.models import Model
     from certify.singly import OneByOne
+    from certify.smoothing.method import Smoothing
 
 HELP = "Certify the predictions of a model on a data set; can be stopped and repeated, and split into shards."
 EPILOG = """examples:
@@ -125,9 +127,11 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
         if shape == model.shape:
             raise
         raise CertifyError(f"{error}; with --noise {args.noise} the network takes copies of shape {model.shape}, made of inputs of shape {shape}") from error
+    selection = selection_of(args, len(dataset))
+    check_labels(model, dataset, selection)
     prepare = {"margin": _margin, "local": _local, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
-    manifest = {**manifest_of(model, dataset, selection_of(args, len(dataset))), **facts}
+    manifest = {**manifest_of(model, dataset, selection), **facts}
     return fill_folder(args, manifest, certify, until)
 
 
@@ -197,31 +201,12 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
     from certify.cli.console import write
     from certify.errors import CertifyError
     from certify.methods import Layerwise, lipschitz
-    from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax, Sparsemax
-    from certify.smoothing.method import Smoothing, on_grid
     from certify.smoothing.rows import facts, rows
-    from certify.smoothing.schedule import doubling
 
     if model.input_range is not None and not (model.input_range[0] <= dataset.inputs.min() and dataset.inputs.max() <= model.input_range[1]):
         raise CertifyError(f"{args.data}: inputs are in [{dataset.inputs.min():g}, {dataset.inputs.max():g}], the model takes {list(model.input_range)}")
-    kind, temperature = args.scores
-    noise, shape = noise_of(args, model.shape), dataset.inputs.shape[1:]
-    levels = (255 if on_grid(noise) else 0) if args.levels is None else args.levels
-    method = Smoothing(
-        noise,
-        Hardmax() if kind == "hard" else Softmax(temperature) if kind == "softmax" else Sparsemax(temperature),
-        FixedN(args.n0, args.n, args.alpha) if args.fixed else GroupSequential(doubling(args.n), n0=args.n0, alpha=args.alpha),
-        target=args.target,
-        tolerance=args.tol,
-        levels=levels or None,
-        vote_margin=args.vote_margin,
-        batch=args.batch,
-        seed=args.seed,
-        engine=args.engine,
-        shared=args.shared_noise,
-        dtype=args.dtype,
-        lipschitz=lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None,
-    )
+    shape = dataset.inputs.shape[1:]
+    method = smoothing_of(args, model.shape, lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None)
     procedure = method.procedure(shape)
     forward, classes, done = method.prepared(model.net, shape)
     procedure.start(classes)
@@ -238,6 +223,32 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
             write(sys.stderr, f"{copies} noisy copies in {took:.1f} s, {copies / took:.3g} per second\n")
 
     return about, certify
+
+
+def smoothing_of(args: argparse.Namespace, shape: tuple[int, ...], lipschitz: Bound | None = None) -> Smoothing:
+    """The method that these options are, for a network that takes this shape."""
+    from certify.smoothing import FixedN, GroupSequential, Hardmax, Softmax, Sparsemax
+    from certify.smoothing.method import Smoothing, on_grid
+    from certify.smoothing.schedule import doubling
+
+    kind, temperature = args.scores
+    noise = noise_of(args, shape)
+    levels = (255 if on_grid(noise) else 0) if args.levels is None else args.levels
+    return Smoothing(
+        noise,
+        Hardmax() if kind == "hard" else Softmax(temperature) if kind == "softmax" else Sparsemax(temperature),
+        FixedN(args.n0, args.n, args.alpha) if args.fixed else GroupSequential(doubling(args.n), n0=args.n0, alpha=args.alpha),
+        target=args.target,
+        tolerance=args.tol,
+        levels=levels or None,
+        vote_margin=args.vote_margin,
+        batch=args.batch,
+        seed=args.seed,
+        engine=args.engine,
+        shared=args.shared_noise,
+        dtype=args.dtype,
+        lipschitz=lipschitz,
+    )
 
 
 def _lowrank(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
@@ -310,6 +321,33 @@ def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[
             }
         )
     return rows
+
+
+def check_labels(model: Model, dataset: Dataset, selection: Sequence[int]) -> None:
+    """Labels are numbers of outputs; names of classes, where model and data have some, are the same. Raises CertifyError for labels that are none."""
+    import torch
+
+    from certify.cli.console import note
+    from certify.errors import CertifyError
+
+    if model.classes and dataset.classes and model.classes != dataset.classes:
+        note(f"the classes of {dataset.spec} have other names than those of {model.spec}: {_listed(dataset.classes)} and {_listed(model.classes)}")
+    dtype = next((tensor.dtype for tensor in model.net.state_dict().values() if tensor.is_floating_point()), torch.float32)
+    try:
+        with torch.no_grad():
+            outputs = model.net(torch.zeros(1, *model.shape, dtype=dtype))
+    except Exception:  # the method says why it does not run
+        return
+    lowest, highest = (int(end) for end in (dataset.labels[selection].min(), dataset.labels[selection].max()))
+    if isinstance(outputs, torch.Tensor) and outputs.dim() == 2 and highest >= outputs.shape[1] > 1:
+        raise CertifyError(
+            f"{dataset.spec}: labels go from {lowest} to {highest}, and the network has {outputs.shape[1]} outputs, the classes 0 to {outputs.shape[1] - 1}; "
+            "number the classes of the data as the network does"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
 
 
 def selection_of(args: argparse.Namespace, count: int) -> list[int]:
