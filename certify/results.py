@@ -120,7 +120,7 @@ def writing(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        lacking = f"there is no folder {path.parent}; make it first, or" if not path.parent.is_dir() else f"{error.strerror or error};"
+        lacking = f"there is no folder {path.parent}; make it first, or" if not path.parent.is_dir() else f"{error.strerror or error}; see to that, or"
         raise CertifyError(f"{path}: this cannot be written, {lacking} choose another place") from error
 
 

@@ -300,7 +300,7 @@ def write_atomically(path: pathlib.Path, data: bytes) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        lacking = f"there is no folder {path.parent}; make it first, or" if not path.parent.is_dir() else f"{error.strerror or error};"
+        lacking = f"there is no folder {path.parent}; make it first, or" if not path.parent.is_dir() else f"{error.strerror or error}; see to that, or"
         raise type(error)(f"{path}: this cannot be written, {lacking} choose another place") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -278,3 +279,13 @@ def test_the_exit_code_is_that_of_the_work_where_the_reader_of_stdout_has_left(m
     assert done.returncode == (Exit.GATE if words else Exit.DONE)
     assert "Traceback" not in done.stderr
     assert "Broken" not in done.stderr
+
+
+def test_a_terminal_without_the_letters_of_a_name_gets_them_escaped(model, points, tmp_path):
+    folder = tmp_path / "dïgits→"
+    assert main(["run", model, points, "-o", str(folder), "--quiet"]) == Exit.DONE
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-m", "certify", "report", str(folder)], env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == Exit.DONE
+    assert "gits" in done.stdout
+    assert subprocess.run(f"exec {sys.executable} -m certify report {shlex.quote(str(folder))} >&-", shell=True, check=False).returncode == Exit.DONE

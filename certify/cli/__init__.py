@@ -6,6 +6,8 @@ import argparse
 import enum
 import importlib
 import importlib.metadata
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -26,6 +28,7 @@ class Exit(enum.IntEnum):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns its exit code."""
+    _stream_for_names()
     args = _parser().parse_args(argv)
     try:
         code: int = importlib.import_module(f"certify.cli.{args.command}").run(args)
@@ -34,12 +37,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("certify: interrupted; what was done is kept, repeat the command to go on", file=sys.stderr)  # noqa: T201
         return Exit.INTERRUPTED
     except OSError as error:
-        where = str(error) if error.filename is None else f"{error.filename}: {error.strerror}; look at the path, its permissions and the room there"
+        where = (
+            error.strerror or str(error)
+            if error.filename is None
+            else f"{error.filename}: {error.strerror}; look at the path, its permissions and the room there"
+        )
         print(f"certify: error: {where}", file=sys.stderr)  # noqa: T201
         return Exit.ERROR
     except ValueError as error:
         print(f"certify: error: {error}", file=sys.stderr)  # noqa: T201
         return Exit.ERROR
+
+
+def _stream_for_names() -> None:
+    """Names of files and classes have letters that a terminal may not have; and a process may be started without a stdout (`>&-`)."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
