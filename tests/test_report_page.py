@@ -280,7 +280,11 @@ def test_what_the_inputs_go_through_is_said():
     assert "n.pth, sha256 abababababab, architecture mlp, inputs 3 × 8 × 8" in page
     assert "the mean 0.5, 0.25 is subtracted, and what is left divided by 0.2, 0.1" in page
     normalised = bound(1.0, parts=[{"name": "0", "type": "Normalize", "depth": 0, "value": 2.0, "how": "scales by 2"}])
-    assert "inside the network (scales by 2)" in words(html([many(model=model, bound=normalised)], [], "t"))
+    both = words(html([many(model=model, bound=normalised), many("b", 1, model=model, bound=None)], [], "t"))
+    assert both.count("inside the network (scales by 2)") == 1  # one model, said once
+    assert "none outside" not in both
+    said = words(html([many(model={**model, "input_range": [0.0, 16.0], "bgr": True, "layout": "nhwc"})], [], "t"))
+    assert "turned round (blue, green, red), then the range 0 to 1 becomes 0 to 16, then the channels come last, as the first layers" in said
 
 
 def test_ten_thousand_inputs_make_a_small_page():

@@ -158,26 +158,39 @@ def _waterfalls(items: Sequence[Shown]) -> list[tuple[str, Plot]]:
 
 def _subjects(runs: Sequence[Run]) -> list[list[tuple[str, str]]]:
     """Which model, how its inputs are prepared, and in which units radii are; once for all runs that share the answer."""
-    return [list(facts) for facts in dict.fromkeys(tuple(_subject(run.manifest)) for run in runs) if facts]
+    digests = [lookup(run.manifest, "model", "sha256") for run in runs]
+    bounds = [lookup(run.manifest, "bound", "parts") or () for run in runs]  # not all runs of a model have one
+    known = {digest: bound for digest, bound in zip(digests, bounds, strict=True) if digest and bound}
+    told = (_subject(run.manifest, bound or known.get(digest, ())) for run, digest, bound in zip(runs, digests, bounds, strict=True))
+    return [list(facts) for facts in dict.fromkeys(map(tuple, told)) if facts]
 
 
-def _subject(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _subject(manifest: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     model, digest, shape = lookup(manifest, "model", "spec"), lookup(manifest, "model", "sha256"), lookup(manifest, "model", "input_shape")
     size, arch = " × ".join(map(str, shape or ())), lookup(manifest, "model", "arch")
     about = [f"sha256 {digest[:_LONG]}" if digest else "", f"architecture {arch}" if arch else "", f"inputs {size}" if size else ""]
     facts = [("Model", ", ".join(filter(None, (str(model), *about))))] if model or digest else []
-    return [*facts, ("Preprocessing", _preprocessing(manifest))] if facts else []
+    return [*facts, ("Preprocessing", _preprocessing(manifest, parts))] if facts else []
 
 
-def _preprocessing(manifest: Mapping[str, Any]) -> str:
+def _preprocessing(manifest: Mapping[str, Any], parts: Sequence[Mapping[str, Any]]) -> str:
     """What is done to the inputs before the network; a part of the model, so that radii are in the units of the data."""
-    mean, std = lookup(manifest, "model", "mean"), lookup(manifest, "model", "std")
-    layers = [part for part in lookup(manifest, "bound", "parts") or () if part.get("type") == "Normalize"]
-    if mean is not None or std is not None:
-        return f"the mean {_numbers(mean)} is subtracted, and what is left divided by {_numbers(std)}, as the first layer of the network"
+    said = _done_first(lookup(manifest, "model") or {})
+    layers = [part for part in parts if part.get("type") == "Normalize"]
+    if said:
+        return f"{', then '.join(said)}, as the first layers of the network"
     if layers:
         return f"inside the network ({layers[0].get('how') or layers[0].get('name')})"
     return "none outside of the network: whatever it does to its inputs is one of its layers"
+
+
+def _done_first(model: Mapping[str, Any]) -> list[str]:
+    """What the options of the command line put before the network, in the order in which it is done."""
+    mean, std, extent = model.get("mean"), model.get("std"), model.get("input_range")
+    said = ["the channels are turned round (blue, green, red)"] if model.get("bgr") else []
+    said += [f"the range 0 to 1 becomes {_numbers(extent).replace(', ', ' to ')}"] if extent is not None else []
+    said += [f"the mean {_numbers(mean)} is subtracted, and what is left divided by {_numbers(std)}"] if mean is not None or std is not None else []
+    return said + (["the channels come last"] if model.get("layout") == "nhwc" else [])
 
 
 def _numbers(values: Any) -> str:
