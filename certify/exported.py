@@ -7,10 +7,13 @@ rules know. The exports for two lengths of a batch must be one graph, and one wh
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import logging
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +79,24 @@ def _is_for_all_batches(net: nn.Module, input_shape: Shape) -> bool:
 
 def _export(net: nn.Module, input_shape: Shape, batch: int, dynamic: Any = None) -> torch.export.ExportedProgram:
     dtype = next((p.dtype for p in net.state_dict().values() if p.is_floating_point()), torch.float32)
-    with warnings.catch_warnings():
+    first = next(iter(inspect.signature(net.forward).parameters.values()), None)
+    if first is not None and first.kind is first.VAR_POSITIONAL:  # forward(*args), of copies that average weights, say
+        dynamic = dynamic and (dynamic,)
+    with warnings.catch_warnings(), _unlogged():
         warnings.simplefilter("ignore")  # of torch, about itself
         x = torch.zeros(batch, *input_shape, dtype=dtype)
         return torch.export.export(copy.deepcopy(net), (x,), dynamic_shapes=None if dynamic is None else (dynamic,), strict=False).run_decompositions({})
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """torch writes a page on an operator that does not take its arguments; the error says it too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _raise(net: nn.Module, input_shape: Shape, batch: int, why: str) -> _Raising:
@@ -264,8 +281,10 @@ def _flat(arguments: Any) -> list[Any]:
 
 
 def _name(target: Any) -> str:
-    """Of an operator of torch, without the overload: `aten.conv2d.default` is conv2d."""
-    return str(target._schema.name).rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else str(getattr(target, "__name__", target))
+    """Of an operator of torch, without the overload: `aten.conv2d.default` is conv2d. Those of others keep their namespace, and are not taken for torch's."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target._schema.name).removeprefix("aten::")
+    return str(getattr(target, "__name__", target))
 
 
 def _path(node: torch.fx.Node) -> str:

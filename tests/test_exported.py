@@ -1,5 +1,6 @@
 """Networks that torch.fx cannot trace: the graph that comes through torch.export computes the same, and has the same bounds as the one of torch.fx."""
 
+import logging
 import re
 
 import pytest
@@ -102,6 +103,41 @@ def refused(forward, change=lambda net: None):
 )
 def test_what_cannot_be_seen_through_is_refused(forward, match):
     assert re.search(match, str(refused(forward)))
+
+
+def test_operators_of_others_are_not_taken_for_those_of_torch_with_their_name():
+    """This one is torch's relu on the inputs that are tried, and has the slope 1000 elsewhere."""
+
+    @torch.library.custom_op("lipnet_tests::relu", mutates_args=())
+    def relu(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x < 1e8, x.relu(), 1000 * x)
+
+    @relu.register_fake
+    def _(x):
+        return torch.empty_like(x)
+
+    class Own(nn.Module):
+        def forward(self, x):
+            return torch.ops.lipnet_tests.relu(x) if x.shape[1] == 4 else x
+
+    with pytest.raises(certify.Unsupported, match=r"lipnet_tests\.relu"):
+        certify.lipschitz(Own().eval(), input_shape=(4,))
+
+
+def test_averaged_copies_have_the_bound_of_what_they_hold():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
+    averaged = torch.optim.swa_utils.AveragedModel(net).eval()
+    assert certify.lipschitz(averaged, input_shape=(4,)).value == certify.lipschitz(net, input_shape=(4,)).value
+
+
+def test_a_forward_that_fails_fails_in_one_sentence(caplog):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x + torch.zeros(5, 3) if x.shape[1] == 4 else x
+
+    with pytest.raises(certify.Unsupported, match=r"nor exported by torch\.export"):
+        certify.lipschitz(Wrong().eval(), input_shape=(4,))
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_every_operator_without_a_rule_is_named_at_once():
