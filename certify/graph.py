@@ -65,8 +65,8 @@ class Graph:
         """What the rule of each module says of it: a bound by the module's path, or the refusal with the path in it."""
         for node in self.trace.nodes:
             path = str(node.target)
-            if node.op != "call_module" or path in skip:
-                continue
+            if node.op != "call_module" or path in skip or all(part.name not in self.shapes for part in node.all_input_nodes[:1]):
+                continue  # the last: in a graph with problems, of what a node without a rule makes
             module = self.module(node)
             rule = rule_for(module)
             if rule is None:
@@ -90,8 +90,12 @@ class Graph:
 
     @functools.cached_property
     def frozen(self) -> nn.Module:
-        """The network as plain torch modules: what is certified is this network's own numbers."""
-        return lipnet.freeze(self.net)
+        """The network as plain torch modules: what is certified is this network's own numbers.
+
+        A forward that computes is taken as it was traced: with the numbers that it made then, in its own type, and not those that it would make in another.
+        """
+        computes = any(node.op in ("call_function", "call_method", "get_attr") for node in self.trace.nodes)
+        return lipnet.freeze(torch.fx.GraphModule(self.net, self.trace) if computes else self.net)
 
     @functools.cached_property
     def double(self) -> nn.Module:
@@ -280,4 +284,4 @@ class _Recorder(torch.fx.Interpreter):
 
 
 def _on_cpu(net: nn.Module) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in net.state_dict().values())
+    return all(tensor.device.type == "cpu" for tensor in net.state_dict().values() if isinstance(tensor, torch.Tensor))

@@ -16,12 +16,14 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 from torch.fx.node import map_arg
+from torch.nn.utils import parametrize
 
 from certify.errors import Problem, Unsupported
 from certify.exported import raised, unknown
 from certify.functions import SPLITTING, module_for, piece
 from certify.registry import IN_TRAINING, Shape, nearest, operator_for, problems_of, reason_for, rule_for
 from certify.slopes import slopes
+from lipnet.frozen import left_as_it_was
 from lipnet.layers.base import Layer
 
 _SIZE_METHODS = ("size", "dim", "ndimension", "numel")
@@ -34,7 +36,15 @@ class Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         if isinstance(module, Layer):
             return True
+        if isinstance(module, parametrize.ParametrizationList) or _own_parametrized(module):  # what it computes is computed from stored numbers alone
+            return False
         return (rule_for(module) is not None and not _runs_another_forward(module)) or super().is_leaf_module(module, qualified_name)
+
+
+def _own_parametrized(module: nn.Module) -> bool:
+    """A parametrised module with a forward of somebody's own, whose class torch has made, but not its forward."""
+    written = type(module).__mro__[1] if parametrize.is_parametrized(module) else nn.Module
+    return not written.__module__.startswith("torch.") and (nearest(module) is None or _runs_another_forward(module))
 
 
 def _runs_another_forward(module: nn.Module) -> bool:
@@ -58,13 +68,16 @@ def traced(net: nn.Module, input_shape: Shape) -> tuple[nn.Module, torch.fx.Grap
     """
     parent = nn.Sequential(net).train(net.training) if Tracer().is_leaf_module(net, "") else net
     try:
-        trace = Tracer().trace(parent)
+        with left_as_it_was(parent):
+            own_names = set(vars(parent))
+            trace = Tracer().trace(parent)
+            held = torch.fx.GraphModule(parent, trace) if vars(parent).keys() - own_names else parent  # with the numbers that were made on the way
     except Exception as error:  # whatever the forward raises on symbolic input
         return *_exported(parent, input_shape, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"), "torch.export"
     found, own = _module_problems(parent, trace), {path for path, _ in parent.named_modules()}
-    if parent.training or any(module.training for module in parent.modules()):  # found, and a run in training mode would change the network
-        parent = copy.deepcopy(parent).eval()
-    parent, problems = _lifted(parent, trace, input_shape)
+    if any(module.training for module in parent.modules()):  # found, and a run in training mode would change the network
+        held = copy.deepcopy(held).eval()
+    parent, problems = _lifted(held, trace, input_shape)
     return parent, trace, [*found, *problems, *_node_problems(parent, trace, own)], "torch.fx"
 
 
@@ -80,7 +93,11 @@ def _exported(net: nn.Module, input_shape: Shape, why: str) -> tuple[nn.Module, 
 
 
 def _module_problems(net: nn.Module, trace: torch.fx.Graph) -> list[Problem]:
-    called = {node.target for node in trace.nodes if node.op == "call_module"}
+    numbers: set[torch.fx.Node] = set()  # computed from stored ones alone: no rule is needed for what computes them
+    for node in trace.nodes:
+        if node.op == "get_attr" or (node.all_input_nodes and all(part in numbers for part in node.all_input_nodes)):
+            numbers.add(node)
+    called = {node.target for node in trace.nodes if node.op == "call_module" and node not in numbers}
     inside_leaf = tuple(f"{path}." for path in called)
     found = [p for path, module in net.named_modules() for p in problems_of(module, path, leaf=path in called and not path.startswith(inside_leaf))]
     return [p for p in found if not (net.training and p.where and p.why == IN_TRAINING)]  # said once, of the network

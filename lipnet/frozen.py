@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 import torch.fx
@@ -18,6 +20,18 @@ class LayerTracer(torch.fx.Tracer):
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, Layer) or super().is_leaf_module(module, qualified_name)
+
+
+@contextlib.contextmanager
+def left_as_it_was(net: nn.Module) -> Iterator[None]:
+    """While a forward is traced, the numbers that it makes on its way, and what it keeps of its signals, become attributes of its modules; no longer."""
+    held = [(vars(module), dict(vars(module))) for module in net.modules()]
+    try:
+        yield
+    finally:
+        for now, before in held:
+            now.clear()
+            now.update(before)
 
 
 @torch.no_grad()
@@ -38,8 +52,9 @@ def _frozen(module: nn.Module) -> nn.Module:
         return nn.Sequential(OrderedDict((name, _frozen(child)) for name, child in module._modules.items() if child is not None))
     if not any(isinstance(child, Layer) for child in module.modules()):
         return _unparametrized(copy.deepcopy(module))
-    graph = LayerTracer().trace(module)
-    traced = torch.fx.GraphModule(module, graph)
+    with left_as_it_was(module):
+        graph = LayerTracer().trace(module)
+        traced = torch.fx.GraphModule(module, graph)
     for name, child in list(traced.named_modules()):
         if isinstance(child, Layer):
             traced.set_submodule(name, child.frozen())

@@ -77,6 +77,29 @@ def test_torchs_own_parametrizations_are_bounded_by_what_they_run():
     assert exact <= certify.lipschitz(net, input_shape=(8,)).value <= exact * (1 + 1e-9)
 
 
+def test_parametrised_numbers_of_a_forward_of_ones_own_are_numbers():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight, self.last = nn.Parameter(torch.randn(3, 4)), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.last(nn.functional.linear(x, self.weight))
+
+    for parametrize in (parametrizations.orthogonal, parametrizations.weight_norm, parametrizations.spectral_norm):
+        net = parametrize(Own()).eval()
+        expected = torch.linalg.matrix_norm(net.weight.detach().double(), 2) * torch.linalg.matrix_norm(net.last.weight.detach().double(), 2)
+        assert certify.lipschitz(net, input_shape=(4,)).value == pytest.approx(expected.item(), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantised_networks_are_refused_in_a_sentence():
+    net = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 3)).eval()
+    with pytest.raises(certify.Unsupported, match="no rule is known for Linear"):
+        certify.lipschitz(net, input_shape=(4,))
+
+
 def test_every_offending_node_is_named_at_once():
     class Doubled(lipnet.Scale):
         def forward(self, x):
@@ -195,6 +218,74 @@ def test_layers_that_would_repeat_their_input_are_refused(layer):
     assert layer(torch.zeros(5, channels, 2)).numel() > 5 * channels * 2  # torch broadcasts without a word
     with pytest.raises(certify.Unsupported, match="the same number of channels"):
         certify.lipschitz(nn.Sequential(layer).eval(), input_shape=(channels, 2))
+
+
+def test_centring_of_what_is_no_image_is_refused():
+    layer = lipnet.LayerCentering2d(3).eval()
+    assert layer(torch.zeros(5, 3, 1, 2, 2)).numel() == 3 * 5 * 12  # the bias meets another axis, and each entry is there three times
+    with pytest.raises(certify.Unsupported, match=r"takes one input of shape \(channels, height, width\)"):
+        certify.lipschitz(nn.Sequential(layer).eval(), input_shape=(3, 1, 2, 2))
+
+
+def test_a_scale_that_was_changed_by_hand_is_taken_as_it_is():
+    layer = lipnet.Scale(2.0).eval()
+    layer.factor = -3.0
+    assert certify.lipschitz(layer, input_shape=(4,)).value == 3.0
+    layer.factor = math.inf
+    with pytest.raises(certify.Unsupported, match="a finite number is needed"):
+        certify.lipschitz(layer, input_shape=(4,))
+
+
+class Making(nn.Module):
+    """Makes numbers of stored ones on its way, and keeps what it has seen."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.make = nn.Linear(4, 3), make
+        self.register_buffer("one", torch.ones(4))
+
+    def forward(self, x):
+        self.seen = x
+        return self.inner(x * self.make(self.one))
+
+
+@pytest.mark.parametrize("layer", [nn.Identity, lambda: lipnet.BROLinear(4, 4)], ids=["plain", "layer of ours"])
+def test_numbers_that_a_forward_makes_are_no_part_of_the_network_of_the_caller(layer):
+    """torch.fx keeps them as attributes of the network: it grew with each look at it, and was another one each time, so that no bound belonged to it."""
+    net = nn.Sequential(layer(), Making(lambda one: 1 / (one + 0.5))).eval()
+    before = [set(vars(part)) for part in net.modules()]
+    lipnet.freeze(net)
+    assert [set(vars(part)) for part in net.modules()] == before
+    net(torch.zeros(1, 4))
+    before, seen = [set(vars(part)) for part in net.modules()], net[1].seen
+    bound = certify.lipschitz(net, input_shape=(4,))
+    assert [set(vars(part)) for part in net.modules()] == before
+    assert isinstance(net[1].seen, torch.Tensor)
+    assert seen.shape == (1, 4)
+    assert certify.robustness(net, torch.randn(2, 4), certify.Margin(bound)).radius.shape == (2,)
+
+
+@pytest.mark.parametrize("make", [lambda one: one + 1e-9 - one, lambda one: (one + 1e-9 - one)[0].item()], ids=["tensor", "number"])
+def test_logits_are_of_the_numbers_that_were_bounded(make):
+    """In float32 the difference is 0, and so is the bound; in float64 it is not, and logits of a network that makes it there change with the input."""
+    graph = certify.Graph.of(Making(make).eval(), (4,))
+    bound, x = certify.Layerwise().bound(graph, certify.Everywhere()), 1e12 * torch.eye(4, dtype=torch.float64)[:2]
+    assert bound.value == 0
+    assert torch.equal(*graph.double(x))
+
+
+def test_a_part_of_a_split_by_a_slice_before_a_module_is_refused():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.inner(torch.stack(x.unbind(1)[:2], -1))
+
+    with pytest.raises(certify.Unsupported, match="each must be taken by its index"):
+        certify.lipschitz(Parts().eval(), input_shape=(3, 2))
 
 
 def test_hooks_are_found_wherever_they_are():

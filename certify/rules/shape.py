@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lipnet
 from certify.bound import Bound
 from certify.errors import Problem, Unsupported
@@ -18,7 +20,9 @@ def same_channels(channels: int, shape: Shape, name: str) -> None:
 
 @register(lipnet.Scale)
 def _(layer: lipnet.Scale, shape: Shape) -> Bound:
-    return Bound(layer.factor, "scale")
+    if not math.isfinite(layer.factor):
+        raise Unsupported([Problem("", "Scale", f"has the factor {layer.factor}; a finite number is needed")])
+    return Bound(abs(layer.factor), "scale")
 
 
 @register(lipnet.Normalize)
@@ -32,8 +36,10 @@ def _(layer: lipnet.Normalize, shape: Shape) -> Bound:
 
 @register(lipnet.BatchCentering, lipnet.LayerCentering2d)
 def _(layer: lipnet.BatchCentering | lipnet.LayerCentering2d, shape: Shape) -> Bound:
-    """A shift, after a projection for the second."""
+    """A shift, after a projection for the second, which adds its bias to images: signals with more axes would be repeated to fit it."""
     same_channels(layer.channels, shape, type(layer).__name__)
+    if isinstance(layer, lipnet.LayerCentering2d) and len(shape) != 3:
+        raise Unsupported([Problem("", "LayerCentering2d", f"takes one input of shape (channels, height, width), got {shape}")])
     return Bound(1.0, "centring")
 
 
