@@ -30,6 +30,7 @@ _BATCHES = (3, 5)
 _ATEN = torch.ops.aten
 _ARITHMETIC: dict[str, Callable[..., Any]] = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg}
 _REDUCING = {"mean": torch.mean, "sum": torch.sum}
+_COMPARING = {"maximum": torch.maximum, "minimum": torch.minimum}
 _RESHAPING = ("view", "reshape", "_unsafe_view", "flatten", "unflatten")
 REARRANGING = {
     name: [getattr(getattr(_ATEN, name), overload) for overload in getattr(_ATEN, name).overloads()]
@@ -204,6 +205,8 @@ class _Raising:
             return signals[0]
         if name in _ARITHMETIC or name == "rsub":
             return self._arithmetic(name, list(arguments), options)
+        if name in _COMPARING:
+            return self.graph.call_function(_COMPARING[name], tuple(self._argument(part) for part in arguments), options)
         if name == "cat":
             return self.graph.call_function(torch.cat, ([self._argument(part) for part in first], *arguments[1:]), options)
         if name == "stack":

@@ -121,12 +121,12 @@ def _clamp(min: float | None = None, max: float | None = None) -> nn.Module:
     return nn.ReLU() if (low, high) == (0, math.inf) else _hardtanh(float(low), float(high))
 
 
-@_operator("clamp_min")
+@_function("clamp_min", homes=(torch,), method=True)
 def _clamp_min(min: float) -> nn.Module:
     return _clamp(min)
 
 
-@_operator("clamp_max")
+@_function("clamp_max", homes=(torch,), method=True)
 def _clamp_max(max: float) -> nn.Module:
     return _clamp(None, max)
 

@@ -105,6 +105,11 @@ def test_what_cannot_be_seen_through_is_refused(forward, match):
     assert re.search(match, str(refused(forward)))
 
 
+def test_the_larger_of_two_signals_is_known_here_too():
+    net = Branching(lambda self, x: torch.minimum(torch.maximum(x, -2 * x), self.inner.bias)).eval()
+    assert certify.lipschitz(net, input_shape=(4,)).value == pytest.approx(5**0.5, rel=1e-9)
+
+
 def test_operators_of_others_are_not_taken_for_those_of_torch_with_their_name():
     """This one is torch's relu on the inputs that are tried, and has the slope 1000 elsewhere."""
 

@@ -119,6 +119,8 @@ NONLINEAR = {
     "relu6": (lambda self, x: functional.relu6(x, inplace=False), 1.0),
     "hardtanh": (lambda self, x: functional.hardtanh(x, -2.0, 3.0), 1.0),
     "clamp": (lambda self, x: x.clamp(min=-0.1) + torch.clamp(x, -1, 2), 2.0),
+    "clamp at one end": (lambda self, x: x.clamp_min(-0.1) + torch.clamp_max(x, 2), 2.0),
+    "absolute values": (lambda self, x: abs(x) - x.abs() / 2, 1.5),
     "leaky": (lambda self, x: functional.leaky_relu(x, -1.5), 1.5),
     "prelu": (lambda self, x: functional.prelu(x, self.slopes), 3.0),
     "gelu": (lambda self, x: functional.gelu(x, approximate="tanh"), 1.129),

@@ -104,5 +104,5 @@ def _as_module(target: Any, module: nn.Module) -> None:
         return self.elementwise(module, a)
 
 
-for _target, _module in {**ELEMENTWISE, torch.abs: lipnet.Abs(), "abs": lipnet.Abs()}.items():
+for _target, _module in {**ELEMENTWISE, torch.abs: lipnet.Abs(), operator.abs: lipnet.Abs(), "abs": lipnet.Abs()}.items():
     _as_module(_target, _module)

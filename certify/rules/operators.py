@@ -185,7 +185,7 @@ ELEMENTWISE = {
 }  # fmt: skip
 
 
-@register_operator(*ELEMENTWISE, torch.abs, "abs")
+@register_operator(*ELEMENTWISE, torch.abs, operator.abs, "abs")
 def _elementwise(call: Call) -> Bound:
     if len(call.args) != 1 or any(call.options.values()):
         raise _refuse("activation", "options such as inplace=True are not supported in a forward; leave them out")
