@@ -297,6 +297,18 @@ def test_a_network_that_was_changed_by_hand_is_refused(tmp_path):
         lipnet.save(net, tmp_path / "net.safetensors")
 
 
+def test_the_constant_of_a_block_at_every_pixel_is_that_of_its_block(tmp_path):
+    """It had one of its own, which a file kept in place of the one that the block runs."""
+    torch.manual_seed(0)
+    layer = lipnet.LDLTConv2d(2, 2, [3]).eval()
+    layer.block.lipschitz = 5.0
+    lipnet.save(layer, tmp_path / "net.safetensors")
+    x = torch.randn(2, 2, 4, 4)
+    assert torch.equal(lipnet.load(tmp_path / "net.safetensors")(x), layer(x))
+    with pytest.raises(AttributeError):
+        layer.lipschitz = 2.0
+
+
 @pytest.mark.parametrize("change", ["forward hook", "forward pre-hook", "forward"])
 def test_a_network_that_does_more_than_its_modules_is_refused(change, tmp_path):
     net = nn.Sequential(nn.Linear(2, 2))

@@ -95,7 +95,11 @@ class LDLTConv2d(Layer):
         check_sizes(in_channels=in_channels, out_channels=out_channels, stride=stride)
         self.in_channels, self.out_channels, self.hidden, self.stride = in_channels, out_channels, tuple(hidden), stride
         self.block = LDLTBlock(in_channels * stride**2, out_channels, hidden, activation, lipschitz, orthonormalizer)
-        self.lipschitz = self.block.lipschitz
+
+    @property
+    def lipschitz(self) -> float:
+        """The constant that the block is made for."""
+        return self.block.lipschitz
 
     @property
     def activation(self) -> nn.Module:
