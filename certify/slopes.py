@@ -12,6 +12,8 @@ from sdp import activation as scalar
 
 Slopes = tuple[float, float]
 
+_SIXTH = 0.1666666716337204  # in float32, rounded up: what ONNX files hold, and what torch's gradients are; torch's forward divides by 6
+
 _SLOPES: dict[type[nn.Module], Callable[..., Slopes]] = {
     nn.Identity: lambda _: (1.0, 1.0),
     nn.ReLU: lambda _: (0.0, 1.0),
@@ -30,8 +32,8 @@ _SLOPES: dict[type[nn.Module], Callable[..., Slopes]] = {
         (-0.1289045, 1.1289045) if m.approximate == "none" else (-0.1290, 1.1290)
     ),  # erf form: 1/2 +- (erf(1)/2 + e^-1/sqrt(pi)), at |x| = sqrt(2)
     nn.Mish: lambda _: (-0.1125262, 1.0884982),  # extrema of the derivative of x tanh(log(1 + e^x)), at x = -2.2563764 and 1.4905712
-    nn.Hardswish: lambda _: (-0.5, 1.5),  # (2 x + 3) / 6 between -3 and 3
-    nn.Hardsigmoid: lambda _: (0.0, math.nextafter(1 / 6, 1.0)),
+    nn.Hardswish: lambda _: (-3 * _SIXTH, 9 * _SIXTH),  # (2 x + 3) / 6 between -3 and 3; exact products
+    nn.Hardsigmoid: lambda _: (0.0, _SIXTH),
     nn.Softshrink: lambda m: (0.0, 1.0) if m.lambd >= 0 else (-math.inf, math.inf),
     nn.Tanhshrink: lambda _: (0.0, 1.0),
     nn.RReLU: lambda m: _leaky((m.lower + m.upper) / 2),  # in eval mode

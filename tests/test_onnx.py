@@ -584,3 +584,16 @@ def test_the_networks_of_acas_xu(capsys):
     layerwise = json.loads(capsys.readouterr().out)["bound"]["value"]
     assert main(["lipschitz", str(files[0]), "--method", "lipsdp", "--json"]) == 0
     assert largest_slope(models.load(str(files[0])).net, (5,), points=4) <= json.loads(capsys.readouterr().out)["bound"]["value"] < layerwise / 10
+
+
+@pytest.mark.parametrize("alpha", [float(np.float32(1 / 6)), 1 / 6 - 5e-7, 1 / 6 + 5e-7])
+def test_a_slope_close_to_that_of_torch_is_the_slope_of_the_file(tmp_path, alpha):
+    path = save(tmp_path / "net.onnx", [node("HardSigmoid", ["x"], ["y"], alpha=alpha, beta=0.5)], ["N", 4])
+    held = float(np.float32(alpha))
+    assert held <= certify.lipschitz(from_onnx(path).net, input_shape=(4,)).value <= held * (1 + 1e-6 * (alpha < 1 / 6)) + 1e-16
+
+
+def test_a_selu_with_other_numbers_than_torchs_is_refused(tmp_path):
+    path = save(tmp_path / "net.onnx", [node("Selu", ["x"], ["y"], gamma=1.0507018)], ["N", 4])
+    with pytest.raises(ModelError, match=r"Selu, attribute gamma=1\.0507"):
+        from_onnx(path)

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -19,9 +20,14 @@ def _activation(op: str, make: Callable[[Node], nn.Module], attributes: Sequence
         return importer.call(node, make(node), x, nonnegative)
 
 
+def _same(given: float, usual: float) -> bool:
+    """Whether an attribute is this number, as float32 holds it: of another one the slopes would be others."""
+    return bool(np.float32(given) == np.float32(usual))
+
+
 def _selu(node: Node) -> nn.Module:
     for attribute, usual in (("alpha", 1.6732632423543772), ("gamma", 1.0507009873554805)):
-        if abs(node.get(attribute, usual) - usual) > 1e-6:
+        if not _same(node.get(attribute, usual), usual):
             node.refuse(f"only {usual} is supported", attribute)
     return nn.SELU()
 
@@ -82,7 +88,7 @@ def _hard_sigmoid(importer: Importer, node: Node, x: Signal) -> Signal:
     alpha, beta = float(node.get("alpha", 0.2)), float(node.get("beta", 0.5))
     if not (math.isfinite(alpha) and math.isfinite(beta)):
         node.refuse("it must be a finite number", "beta" if math.isfinite(alpha) else "alpha")
-    if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
+    if _same(alpha, 1 / 6) and beta == 0.5:
         return importer.call(node, nn.Hardsigmoid(), x, nonnegative=True)
     line = importer.scaled(node, x, torch.tensor([alpha], dtype=torch.float64))
     line = importer.with_constant(node, line, torch.tensor(beta, dtype=importer.dtype), operator.add)
