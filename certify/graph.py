@@ -45,6 +45,7 @@ class Graph:
     def of(cls, net: nn.Module, input_shape: Shape) -> Graph:
         """Trace a network in eval mode. Raises `Unsupported` that names every node without a rule, and everything else that stands in the way."""
         input_shape = _sizes_of_one_input(net, input_shape)
+        _check_numbers(net)
         net = net if _on_cpu(net) else copy.deepcopy(net).cpu()
         parent, trace, found, seen_by = traced(net, input_shape)
         try:
@@ -283,5 +284,18 @@ class _Recorder(torch.fx.Interpreter):
         return value
 
 
+def _check_numbers(net: nn.Module) -> None:
+    """Refuse tensors that hold none, and those of eight bits, with which torch computes next to nothing."""
+    for tensor in _tensors(net):
+        if tensor.is_meta:
+            raise CertifyError("the network holds tensors without numbers, on the meta device; load its weights first")
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1:
+            raise CertifyError(f"the network holds {tensor.dtype} numbers, with which torch does not run its layers; convert it with net.float()")
+
+
 def _on_cpu(net: nn.Module) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in net.state_dict().values() if isinstance(tensor, torch.Tensor))
+    return all(tensor.device.type == "cpu" for tensor in _tensors(net))
+
+
+def _tensors(net: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in net.state_dict().values() if isinstance(tensor, torch.Tensor)]  # quantised modules keep types there too

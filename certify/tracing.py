@@ -71,6 +71,7 @@ def traced(net: nn.Module, input_shape: Shape) -> tuple[nn.Module, torch.fx.Grap
         with left_as_it_was(parent):
             own_names = set(vars(parent))
             trace = Tracer().trace(parent)
+            _check_arguments(trace)
             held = torch.fx.GraphModule(parent, trace) if vars(parent).keys() - own_names else parent  # with the numbers that were made on the way
     except Exception as error:  # whatever the forward raises on symbolic input
         return *_exported(parent, input_shape, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"), "torch.export"
@@ -79,6 +80,13 @@ def traced(net: nn.Module, input_shape: Shape) -> tuple[nn.Module, torch.fx.Grap
         held = copy.deepcopy(held).eval()
     parent, problems = _lifted(held, trace, input_shape)
     return parent, trace, [*found, *problems, *_node_problems(parent, trace, own)], "torch.fx"
+
+
+def _check_arguments(trace: torch.fx.Graph) -> None:
+    """Raises TypeError where what is left out in a call with one input stands in the graph as an input; torch.export leaves it out too."""
+    _, *others = (node for node in trace.nodes if node.op == "placeholder")
+    if others and all(node.args or str(node.target).startswith("*") for node in others):
+        raise TypeError(f"it takes {', '.join(str(node.target) for node in others)} too, which may be left out")
 
 
 def _exported(net: nn.Module, input_shape: Shape, why: str) -> tuple[nn.Module, torch.fx.Graph, list[Problem]]:
@@ -176,8 +184,9 @@ def _lifted(net: nn.Module, trace: torch.fx.Graph, input_shape: Shape) -> tuple[
     for node in list(trace.nodes):
         if node.op in ("call_function", "call_method", "call_module"):
             lift.node(node)
-    for node in [node for node in trace.nodes if node.op == "get_attr" and not node.users]:
-        trace.erase_node(node)
+    for node in reversed(list(trace.nodes)):
+        if not node.users and (node.op == "get_attr" or node in lift.constants):
+            trace.erase_node(node)
     return (net if lift.parent is net else _holder(lift.parent, trace)), lift.problems
 
 
@@ -255,6 +264,8 @@ class _Lift:
             self._replace(node, self._before(node).create_node("get_attr", self._add(f"{node.name}_constant", value.detach().clone())))
             return
         self.constants[node] = value
+        if isinstance(value, tuple | list):  # of tensors, which are taken from it one by one
+            return
         for user in list(node.users):
             user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda part: value if part is node else part)
 

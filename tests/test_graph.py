@@ -93,6 +93,44 @@ def test_parametrised_numbers_of_a_forward_of_ones_own_are_numbers():
         assert certify.lipschitz(net, input_shape=(4,)).value == pytest.approx(expected.item(), rel=1e-9)
 
 
+class Computing(nn.Module):
+    """Takes its weight from several tensors that are computed at once, and a number out of one; the call may leave out an argument."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.scale = nn.Linear(4, 3), nn.Parameter(torch.tensor(2.5))
+
+    def forward(self, x, mask=None, factor=3.0):
+        variance, mean = torch.var_mean(self.inner.weight, dim=1, keepdim=True)
+        first, second = ((self.inner.weight - mean) * torch.rsqrt(variance)).split((1, 2))
+        y = nn.functional.linear(x, torch.cat([second, first])) * self.scale.item() * factor
+        return y if mask is None else y * mask
+
+
+def test_numbers_may_be_computed_several_at_once_and_arguments_left_out():
+    net = Computing().eval()
+    weight = net.inner.weight.detach().double()
+    expected = 7.5 * torch.linalg.matrix_norm((weight - weight.mean(1, keepdim=True)) / weight.std(1, keepdim=True), 2).item()
+    assert certify.lipschitz(net, input_shape=(4,)).value == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda net: net.to("meta"), "on the meta device"),
+        (lambda net: net.to(torch.float8_e4m3fn), r"convert it with net\.float"),
+        (lambda net: setattr(net[0], "weight", nn.Parameter(torch.ones(4))), "two axes are needed"),
+    ],
+    ids=["meta", "float8", "vector"],
+)
+def test_numbers_that_are_no_weights_are_refused_in_a_sentence(change, match):
+    net = nn.Sequential(nn.Linear(4, 1, bias=False)).eval()
+    change(net)
+    with pytest.raises(certify.CertifyError, match=match):
+        certify.lipschitz(net, input_shape=(4,))
+
+
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_quantised_networks_are_refused_in_a_sentence():
     net = nn.Sequential(torch.ao.nn.quantized.dynamic.Linear(4, 3)).eval()

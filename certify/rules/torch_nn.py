@@ -19,6 +19,8 @@ def linear_bound(weight: Array, method: str) -> Bound:
 
 @register(nn.Linear)
 def _(layer: nn.Linear, shape: Shape) -> Bound:
+    if layer.weight.dim() != 2:
+        raise Unsupported([Problem("", "Linear", f"holds a weight of shape {tuple(layer.weight.shape)}; two axes are needed")])
     return linear_bound(as_float64(layer.weight), "linear")
 
 
