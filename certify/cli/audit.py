@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     if not chosen:
         raise CertifyError(f"{args.model}: no method applies that is not skipped; certify inspect names what stands in the way")
     if "smoothing" in chosen:
-        _ = smoothing_of(_arguments("smoothing", args), model.shape).procedure(model.shape).start(2)  # a sigma that is none is not to be found last
+        smoothing_of(_arguments("smoothing", args), model.shape).procedure(model.shape).start(2)  # a sigma that is none is not to be found last
     with writing(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
     for position, name in enumerate(chosen):
