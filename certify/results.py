@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from certify.errors import CertifyError
@@ -70,7 +70,8 @@ class Folder:
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # every row was flushed; what could not be was said then
+                self._file.close()
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:

@@ -214,7 +214,7 @@ def fit(
             raise ValueError(f"validation must be a pair, images and labels, got {type(validation).__name__}")
         _check_data("validation images", *validation, recipe)
     if not isinstance(radii, Sequence) or not all(0 <= radius < math.inf for radius in radii):
-        raise ValueError(f"radii must be a sequence of finite numbers that are not negative, got {radii!r:.80}")
+        raise ValueError(f"radii must be finite and not negative, in a sequence, got {radii!r:.80}")
     if not callable(progress) and progress is not None:
         raise ValueError(f"progress must be a function of an EpochReport, such as lipnet.print_progress, got {progress!r:.80}")
     run = _Run(net.to(device), recipe, constants or declared_constants, device, seed, math.ceil(len(images) / recipe.batch))

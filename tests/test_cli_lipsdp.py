@@ -104,9 +104,9 @@ def test_runs_certify_and_are_checked(model, tmp_path, capsys, more, monkeypatch
     [
         (["--method", "lipsdp", "--solver", "nonsense"], "no solver 'nonsense' is installed; there are newton"),
         (["--method", "lipsdp", "--tolerance", "2"], "a tolerance between 0 and 1"),
-        (["--method", "lipsdp", "--around", "digits"], "needs --method lipsdp or local, and --radius"),
-        (["--around", "digits", "--radius", "0.1"], "needs --method lipsdp or local, and --radius"),
-        (["--radius", "0.1"], "name the data set with --around"),
+        (["--method", "lipsdp", "--around", "digits"], "--around needs the radius of the ball too"),
+        (["--around", "digits", "--radius", "0.1"], "--around is for --method lipsdp or local"),
+        (["--method", "lipsdp", "--radius", "0.1"], "name the data set with --around"),
         (["--method", "lipsdp", "--around", "digits", "--index", "500", "--radius", "0.1"], "has the inputs 0 to 359"),
         (["--save-proof", "x"], "is for --method lipsdp"),
         (["--method", "lipsdp", "--norm", "inf", "--no-pairs", "--save-proof", "x"], "the network has 10"),

@@ -249,7 +249,7 @@ def test_a_file_that_cannot_grow_leaves_what_was_done(model, whole, tmp_path, ca
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 
     assert ended(started("run", model, "digits", "-o", str(out), *SETTING, *LONG, before=little_room)) == 2
-    assert capfd.readouterr().err.strip() == "certify: error: [Errno 27] File too large"
+    assert capfd.readouterr().err.strip() == f"certify: error: {out}: this cannot be written, File too large; see to that, or choose another place"
     (part,) = out.glob("part-*")
     assert part.stat().st_size == 10_000  # its last line is torn
     assert run(model, out, *LONG) == 0

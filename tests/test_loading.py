@@ -231,7 +231,7 @@ def test_a_model_that_knows_its_input_says_it_in_the_units_of_the_data(tmp_path)
     model = models.load(str(tmp_path / "net.safetensors"), input_range=[-1, 1], layout="nhwc")
     assert model.shape == (3, 4, 5)
     assert model.input_range == (0.0, 1.0)
-    assert models.load(str(tmp_path / "net.safetensors"), mean=[0.1, 0.5, 0.6], std=[0.2, 0.5, 0.4]).input_range == (0.2, 0.3)
+    assert models.load(str(tmp_path / "net.safetensors"), mean=[0.1, 0.5, 0.6], std=[0.2, 0.5, 0.4], layout="nhwc").input_range == (0.2, 0.3)
     with pytest.raises(ModelError, match=r"which no data are in after --mean 0,9 --std 1,1; it may normalise"):
         models.load(str(tmp_path / "net.safetensors"), mean=[0, 9])
     with pytest.raises(ModelError, match=r"is of inputs of shape \(4, 5, 3\)|--input-shape is \(5, 3, 4\)"):

@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _stream_for_names() -> None:
-    """Names of files and classes have letters that a terminal may not have; and a process may be started without a stdout (`>&-`)."""
-    if sys.stdout is None:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    """Names of files and classes have letters that a terminal may not have; and a process may be started without stdout or stderr (`>&-`)."""
+    nowhere = open(os.devnull, "w", encoding="utf-8") if sys.stdout is None or sys.stderr is None else None  # noqa: SIM115
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

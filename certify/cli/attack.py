@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from certify.cli.arguments import add_eps, add_json, add_model, add_selection, load_model
 from certify.cli.report import show
-from certify.cli.run import check_labels, fill_folder, manifest_of, selection_of
+from certify.cli.run import fill_folder, manifest_of, note_labels, selection_of
 
 if TYPE_CHECKING:
     from certify.attack import Attack
@@ -69,7 +69,7 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     model = load_model(args)
     dataset, graph = data.load(args.data, model.shape), runnable(model.net, model.shape)
     selection = selection_of(args, len(dataset))
-    check_labels(model, dataset, selection)
+    note_labels(model, dataset, selection)
     if args.clip and model.input_range not in (None, (0.0, 1.0)):
         raise CertifyError(f"{args.model}: the model takes inputs in {list(model.input_range)}, and --clip keeps points in [0, 1]; leave out --clip")
     manifest = {

@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
     from certify.cli import report
     from certify.cli.console import note
     from certify.cli.inspect import certifiers
-    from certify.cli.run import check_labels, selection_of, smoothing_of
+    from certify.cli.run import note_labels, selection_of, smoothing_of
     from certify.errors import CertifyError
     from certify.results import OtherRun, writing
 
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     model = load_model(args)
     dataset = data.load(args.data, model.shape)
     count = len(selection := selection_of(args, len(dataset)))
-    check_labels(model, dataset, selection)
+    note_labels(model, dataset, selection)
     note(f"{model.spec}: {model.parameters:,} parameters, {count} inputs of {args.data}, about {args.budget:.0f} seconds")
     args.clip = args.within is not None and args.within[0] <= 0 and args.within[1] >= 1 and model.input_range in (None, (0.0, 1.0))
     if args.within is not None and not args.clip:
@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     if not chosen:
         raise CertifyError(f"{args.model}: no method applies that is not skipped; certify inspect names what stands in the way")
     if "smoothing" in chosen:
-        _ = smoothing_of(_arguments("smoothing", args), model.shape).procedure(model.shape).start(2)  # a sigma that is none is not to be found last
+        smoothing_of(_arguments("smoothing", args), model.shape).procedure(model.shape).start(2)  # a sigma that is none is not to be found last
     with writing(args.output):
         args.output.mkdir(parents=True, exist_ok=True)
     for position, name in enumerate(chosen):

@@ -128,9 +128,9 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
             raise
         raise CertifyError(f"{error}; with --noise {args.noise} the network takes copies of shape {model.shape}, made of inputs of shape {shape}") from error
     selection = selection_of(args, len(dataset))
-    check_labels(model, dataset, selection)
     prepare = {"margin": _margin, "local": _local, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
     facts, certify = prepare(args, model, dataset)
+    note_labels(model, dataset, selection)
     manifest = {**manifest_of(model, dataset, selection), **facts}
     return fill_folder(args, manifest, certify, until)
 
@@ -323,12 +323,11 @@ def margin_rows(graph: Graph, dataset: Dataset, method: Margin, group: Sequence[
     return rows
 
 
-def check_labels(model: Model, dataset: Dataset, selection: Sequence[int]) -> None:
-    """Labels are numbers of outputs; names of classes, where model and data have some, are the same. Raises CertifyError for labels that are none."""
+def note_labels(model: Model, dataset: Dataset, selection: Sequence[int]) -> None:
+    """A note on labels that are the numbers of no output, and on classes that model and data name differently."""
     import torch
 
     from certify.cli.console import note
-    from certify.errors import CertifyError
 
     if model.classes and dataset.classes and model.classes != dataset.classes:
         note(f"the classes of {dataset.spec} have other names than those of {model.spec}: {_listed(dataset.classes)} and {_listed(model.classes)}")
@@ -340,10 +339,8 @@ def check_labels(model: Model, dataset: Dataset, selection: Sequence[int]) -> No
         return
     lowest, highest = (int(end) for end in (dataset.labels[selection].min(), dataset.labels[selection].max()))
     if isinstance(outputs, torch.Tensor) and outputs.dim() == 2 and highest >= outputs.shape[1] > 1:
-        raise CertifyError(
-            f"{dataset.spec}: labels go from {lowest} to {highest}, and the network has {outputs.shape[1]} outputs, the classes 0 to {outputs.shape[1] - 1}; "
-            "number the classes of the data as the network does"
-        )
+        outside = f"and the network has {outputs.shape[1]} outputs, the classes 0 to {outputs.shape[1] - 1}: inputs of the others count as wrong"
+        note(f"{dataset.spec}: labels go from {lowest} to {highest}, {outside}; number the classes as the network does")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -104,13 +104,13 @@ def _behind(before: Preprocessing, model: Model) -> Model:
     shape = before.of_data(model.input_shape)
     if before.bgr and shape is not None and (len(shape) != 3 or shape[0] != 3):
         raise ModelError(f"{model.spec}: --bgr is for images of three channels, and inputs here have the shape {shape}")
+    net = nn.Sequential(*layers, model.net).eval()
+    extent = before.range_of_data(model.input_range)
     numbers = len(before.mean or before.std or (0.0,))
     if shape is not None and numbers not in (1, shape[0]):
         raise ModelError(
             f"{model.spec}: --mean and --std have one number, or one for each of the {shape[0]} channels of inputs of shape {shape}, got {numbers}"
         )
-    net = nn.Sequential(*layers, model.net).eval()
-    extent = before.range_of_data(model.input_range)
     return dataclasses.replace(model, net=net, input_shape=shape, input_range=extent, opened={**model.opened, **before.facts()})
 
 
