@@ -8,6 +8,7 @@ done again. Settings that would change a number are the folder's identity: a run
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -19,7 +20,8 @@ from typing import Any, TextIO
 from certify.errors import CertifyError
 
 SCHEMA = 1
-IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed")  # what must not change within a folder
+IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed", "smoothing")  # what must not change within a folder
+_CLOSE = 1e-9  # relative
 _TIMES = ("seconds",)  # what a row may differ in when it is made again
 
 Row = Mapping[str, Any]
@@ -150,16 +152,23 @@ def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
                 temporary.unlink(missing_ok=True)
     found = read_manifest(path)
     for key in IDENTITY:
-        if found.get(key) != json.loads(json.dumps(manifest.get(key))):
+        if not _alike(found.get(key), json.loads(json.dumps(manifest.get(key)))):
             was, now = _difference(found.get(key), manifest.get(key))
             raise OtherRun(f"{path}: the folder was started with {key} {was}, now it is {now}; choose another -o, or repeat the command that made it")
     return found
 
 
+def _alike(was: Any, now: Any) -> bool:
+    """Whether two settings are one. A constant that is proved again on another machine may differ in its last digits."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(_alike(was[key], now[key]) for key in was)
+    return bool(was == now) or (isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=_CLOSE))
+
+
 def _difference(was: Any, now: Any) -> tuple[str, str]:
     """The parts of two values that differ, short enough for a sentence."""
     if isinstance(was, dict) and isinstance(now, Mapping):
-        keys = [key for key in {**was, **now} if was.get(key) != now.get(key)][:1]
+        keys = [key for key in {**was, **now} if not _alike(was.get(key), now.get(key))][:1]
         was, now = {key: was.get(key) for key in keys}, {key: now.get(key) for key in keys}
     return _short(was), _short(now)
 

@@ -340,6 +340,22 @@ def test_model_data_and_method_cannot_change_within_a_folder(model, small, tmp_p
     one_sentence(capsys, "started with method")
 
 
+def test_a_folder_has_rows_with_a_lipschitz_constant_or_without(model, tmp_path, capsys):
+    soft = ("--n", "200", "--limit", "4", "--levels", "4096", "--scores", "softmax:0.3")
+    for first, then in (((), ("--lipschitz", "layerwise")), (("--lipschitz", "layerwise"), ())):
+        out = tmp_path / f"{len(first)}"
+        assert run(model, out, *soft, *first, "--shard", "0/2") == 0
+        capsys.readouterr()
+        assert run(model, out, *soft, *then) == 2
+        one_sentence(capsys, "started with smoothing {'lipschitz': ")
+        path = out / "manifest.json"
+        manifest = json.loads(path.read_text())
+        if first:  # the constant as another machine proves it
+            manifest["smoothing"]["lipschitz"] *= 1 + 1e-14
+            path.write_text(json.dumps(manifest))
+        assert run(model, out, *soft, *first) == main(["check", str(out)]) == 0
+
+
 # what check finds
 
 
