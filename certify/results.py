@@ -63,8 +63,7 @@ class Folder:
         rows = read_rows(self.path)
         if {row["index"] for row in rows} != set(self.manifest["selection"]):
             return False
-        lines = [json.dumps({key: value for key, value in row.items() if key not in _TIMES}) + "\n" for row in rows]
-        write_atomically(self.path / "results.jsonl", "".join(lines))
+        write_atomically(self.path / "results.jsonl", "".join(_timeless(row) + "\n" for row in rows))
         return True
 
     def __enter__(self) -> Folder:
@@ -86,7 +85,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         if inside := sorted(folder.parent.name for folder in path.glob("*/manifest.json")):
             raise CertifyError(f"{path}: this is not a results folder, it has some in it ({', '.join(inside)}); name one, such as {path / inside[0]}") from None
         raise CertifyError(f"{path}: this is not a results folder, it has no manifest.json; make one with certify run MODEL DATA -o {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CertifyError(f"{file}: cannot be read ({error}); make the folder again with certify run") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise CertifyError(f"{file}: this version reads results of schema {SCHEMA} only; make the folder again with certify run")
@@ -97,9 +96,20 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Every whole row of a folder, one for each input, in the order of the inputs. Torn lines are passed over."""
     rows: dict[int, dict[str, Any]] = {}
     for file in sorted(path.glob("part-*.jsonl")):
-        for row in _lines(file):
-            rows[row["index"]] = row
+        rows |= {row["index"]: row for _, row in _lines(file) if row is not None}
     return [rows[index] for index in sorted(rows)]
+
+
+def passed_over(path: pathlib.Path) -> list[str]:
+    """What `read_rows` says nothing of: whole lines that are no rows, and rows beside another one of the same input that differ from it."""
+    kept, found = {row["index"]: row for row in read_rows(path)}, []
+    for file in sorted(path.glob("part-*.jsonl")):
+        for number, row in _lines(file):
+            if row is None:
+                found.append(f"{file.name}, line {number}: this is no row; delete the line and repeat the run")
+            elif _timeless(row) != _timeless(kept.get(row["index"], row)):  # written just now, if it is not there
+                found.append(f"input {row['index']}: {file.name}, line {number}, is another row of it than the one that counts; delete the wrong one")
+    return found
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -126,15 +136,23 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         raise CertifyError(f"{path}: this cannot be written, {lacking} choose another place") from error
 
 
-def _lines(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _lines(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The number of every whole line, and its row; None where it has none."""
     with file.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line) if line.endswith("\n") else None
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("index"), int):
-                yield row
+        yield from ((number, _row(line)) for number, line in enumerate(stream, 1) if line.endswith("\n"))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("index")) is int else None
+
+
+def _timeless(row: Row) -> str:
+    """A row without what another one of the same input may differ in."""
+    return json.dumps({key: value for key, value in row.items() if key not in _TIMES})
 
 
 def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
