@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from certify.cli import Exit
     from certify.cli.console import out, print_json
     from certify.errors import CertifyError
-    from certify.results import read_manifest, read_rows
+    from certify.results import passed_over, read_manifest, read_rows
 
     if args.against is not None and args.folder.is_file():
         raise CertifyError(f"{args.folder}: --against compares a results folder of certify run with one of certify attack, and this is a file")
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             raise CertifyError(f"{args.folder}: there are no results yet; run certify run first")
         count = len(rows)
         what, wrong, kinds = (_log_folder if "log" in manifest else _results)(args, manifest, rows)
-        wrong = wrong + _finished(args.folder, rows)
+        wrong = wrong + passed_over(args.folder) + _finished(args.folder, rows)
     if args.json:
         print_json({"folder": str(args.folder), "rows": count, "contradictions": wrong, **({} if kinds is None else {"kinds": kinds})})
     else:
@@ -141,6 +141,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
     """The rows of a run."""
     from certify import data
     from certify.cli.console import progress
+    from certify.cli.run import UNITS
     from certify.errors import CertifyError
 
     sides = _sides(args, manifest, rows)
@@ -160,6 +161,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
         "model.parameters": model.parameters,
         "model.classes": list(model.classes) if model.classes else None,
         "input.range": list(model.input_range) if model.input_range else None,
+        "input.units": UNITS,
         "data.count": len(dataset),
     }
     told = {name: lookup(manifest, *name.split(".")) for name in known}
@@ -298,8 +300,8 @@ def _with_lipschitz(method: Smoothing, stored: object, model: Model) -> tuple[Sm
     if stored is None:
         return method, []
     proved = lipschitz(model.net, input_shape=model.shape)
-    if isinstance(stored, float | int) and proved.value * (1 - _TOLERANCE) <= stored < math.inf:
-        return dataclasses.replace(method, lipschitz=dataclasses.replace(proved, value=float(stored))), []
+    if isinstance(stored, float) and proved.value * (1 - _TOLERANCE) <= stored < math.inf:
+        return dataclasses.replace(method, lipschitz=dataclasses.replace(proved, value=stored)), []
     wrong = f"the radii are of a Lipschitz constant {stored!r}, the proof gives {proved.value!r}"
     return dataclasses.replace(method, lipschitz=proved), [wrong]
 

@@ -35,11 +35,14 @@ class ScoreMap(abc.ABC):
         """The largest Euclidean norm of the gradient of one score; infinite where a score jumps."""
 
     def lipschitz(self, logits: Bound) -> Bound:
-        """`|s_k(x) - s_k(y)| <= value |x - y|_p` for each score s_k, from a bound of the logits in l2. Raises CertifyError for scores that jump."""
+        """`|s_k(x) - s_k(y)| <= value |x - y|_p` for each score s_k, from a bound of the logits in l2. Raises CertifyError for scores that jump, or nearly."""
         slope = self.slope(math.inf if logits.pairs is None else len(logits.pairs))
         if not math.isfinite(slope):
             raise CertifyError(f"the scores of {self!r} are votes: they jump, and have no Lipschitz constant; take Softmax(...) or Sparsemax(...)")
-        return Bound(slope, method=repr(self), norm=(2, math.inf)) @ logits
+        try:
+            return Bound(slope, method=repr(self), norm=(2, math.inf)) @ logits
+        except OverflowError as error:
+            raise CertifyError(f"{self!r} of logits with a Lipschitz constant of {logits.value:g}: {error}; take a larger temperature") from error
 
 
 @dataclasses.dataclass(frozen=True)

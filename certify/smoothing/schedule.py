@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -198,7 +199,7 @@ class Procedure:
         if not 0 <= self.distance < 1:
             raise CertifyError(f"a total variation lies in [0, 1), got {self.distance}")
         for name, value in (("target", self.target), ("tolerance", self.tolerance)):
-            if value is not None and not (value >= 0 and math.isfinite(value)):
+            if value is not None and not 0 <= value <= sys.float_info.max:
                 raise CertifyError(f"the {name} is a radius, a finite number that is not negative, got {value}")
 
     def around(self, distance: float) -> Procedure:
