@@ -13,6 +13,7 @@ from certify.smoothing import bounds, classifier, noises, schedule
 
 _PROVED = 1e-6  # relative; how much a Lipschitz constant may differ when it is proved again with another BLAS
 _KINDS = (bounds.ConfidenceBound, bounds.Share, noises.Noise, noises.Law, classifier.ScoreMap, schedule.Schedule)
+_PARTS = {"noise": noises.Noise, "scores": classifier.ScoreMap, "bound": bounds.ConfidenceBound, "schedule": schedule.Schedule, "share": bounds.Share}
 _KNOWN: dict[str, Any] = {
     name: found
     for module in (bounds, noises, classifier, schedule)
@@ -41,10 +42,13 @@ def read(settings: Mapping[str, Any], lipschitz: Bound | None = None) -> schedul
     if stored is not None and (lipschitz is None or not lipschitz.value <= stored * (1 + _PROVED)):
         raise CertifyError(f"the radii are of a Lipschitz constant {stored}, what is proved is {'none' if lipschitz is None else lipschitz.value}")
     try:
-        parts = {name: parse(settings[name]) for name in ("noise", "scores", "bound", "schedule", "share")}
+        parts = {name: parse(settings[name]) for name in _PARTS}
         rest = {name: settings[name] for name in ("target", "tolerance", "distance")}
     except KeyError as error:
         raise CertifyError(f"the settings of a smoothing run lack {error}") from error
+    for name, kind in _PARTS.items():
+        if not isinstance(parts[name], kind):
+            raise CertifyError(f"the {name} of a smoothing run is {str(settings[name])[:80]!r}, which is of another kind")
     proved = None if stored is None or lipschitz is None else dataclasses.replace(lipschitz, value=float(stored))
     return schedule.Procedure(classifier.SmoothedClassifier(parts.pop("noise"), parts.pop("scores"), proved), **parts, **rest)
 
