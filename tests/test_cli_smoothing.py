@@ -190,21 +190,26 @@ def test_a_lipschitz_constant_is_proved_recorded_and_proved_again(model, tmp_pat
     path = tmp_path / "aware/manifest.json"
     manifest = json.loads(path.read_text())
     loaded = certify.models.load(model)
-    assert manifest["smoothing"]["lipschitz"] == certify.lipschitz(loaded.net, input_shape=(64,)).value
+    proved = certify.lipschitz(loaded.net, input_shape=(64,))
+    assert manifest["smoothing"]["lipschitz"] == proved.value
+    assert manifest["smoothing"]["pair"] == proved.pairs.max() < 1.4 * proved.value
     assert manifest["smoothing"]["proof"] == "Layerwise()"
     assert manifest["dtype"] == "weights as stored, evaluated in float64"
     assert "REAL_ARITHMETIC" in manifest["assumptions"]
     for value, match in (
-        (manifest["smoothing"]["lipschitz"] / 2, "the proof gives"),
-        ("1", "the proof gives"),
-        (10**400, "the proof gives"),
+        (manifest["smoothing"]["lipschitz"] / 2, "what is proved is"),
+        ("1", "what is proved is"),
+        (10**400, "what is proved is"),
         (None, "dtype"),
-        (math.inf, "the proof gives"),
+        (math.inf, "what is proved is"),
     ):
         path.write_text(json.dumps({**manifest, "smoothing": {**manifest["smoothing"], "lipschitz": value}}))
         capsys.readouterr()
         assert main(["check", str(tmp_path / "aware")]) == 4
         assert match in capsys.readouterr().out
+    for pair in (manifest["smoothing"]["pair"] / 2, manifest["smoothing"]["pair"] * 1.01, "1", 10**400, None, math.inf):
+        path.write_text(json.dumps({**manifest, "smoothing": {**manifest["smoothing"], "pair": pair}}))
+        assert main(["check", str(tmp_path / "aware")]) == 4
     assert run(model, tmp_path / "c", "--n", "400", "--limit", "8", "--lipschitz", "layerwise") == 2  # votes have no Lipschitz constant
     one_sentence(capsys, "votes")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -278,7 +277,8 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
     """Each certificate from the counts that it claims to follow from. That the counts are those of the model is not looked at."""
     from certify.smoothing.rows import contradictions, differences, method_of, off_grid
 
-    method, wrong = _with_lipschitz(method_of(manifest), lookup(manifest, "smoothing", "lipschitz"), model)
+    stored, pair = lookup(manifest, "smoothing", "lipschitz"), lookup(manifest, "smoothing", "pair")
+    method, wrong = _with_lipschitz(method_of(manifest), stored, pair, model)
     procedure = method.procedure(dataset.inputs.shape[1:])
     selected, wrong = set(manifest["selection"]), [*wrong, *differences(manifest, method, procedure)]
     for row in rows:
@@ -293,17 +293,19 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
     return f"{len(rows)} rows computed again from their counts", wrong
 
 
-def _with_lipschitz(method: Smoothing, stored: object, model: Model) -> tuple[Smoothing, list[str]]:
-    """The method with the Lipschitz constant that a manifest has, if any, and whether it is less than what is proved of the model again."""
+def _with_lipschitz(method: Smoothing, stored: object, pair: object, model: Model) -> tuple[Smoothing, list[str]]:
+    """The method with the Lipschitz constants that a manifest has, if any, and whether one is less than what is proved of the model again."""
+    from certify.errors import CertifyError
     from certify.methods import lipschitz
+    from certify.smoothing.values import with_constants
 
     if stored is None:
         return method, []
     proved = lipschitz(model.net, input_shape=model.shape)
-    if isinstance(stored, float) and proved.value * (1 - _TOLERANCE) <= stored < math.inf:
-        return dataclasses.replace(method, lipschitz=dataclasses.replace(proved, value=stored)), []
-    wrong = f"the radii are of a Lipschitz constant {stored!r}, the proof gives {proved.value!r}"
-    return dataclasses.replace(method, lipschitz=proved), [wrong]
+    try:
+        return dataclasses.replace(method, lipschitz=with_constants(proved, stored, pair)), []
+    except CertifyError as error:
+        return dataclasses.replace(method, lipschitz=proved), [str(error)]
 
 
 def _log_file(args: argparse.Namespace) -> tuple[int, Found]:

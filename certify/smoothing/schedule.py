@@ -208,11 +208,12 @@ class Procedure:
 
     def settings(self) -> dict[str, Any]:
         """What a manifest stores of it: plain numbers, and the printed forms of its values. `values.read` makes it again."""
-        classifier = self.classifier
+        classifier, bound = self.classifier, self.classifier.lipschitz
         return {
             "noise": repr(classifier.noise),
             "scores": repr(classifier.scores),
-            "lipschitz": None if classifier.lipschitz is None else classifier.lipschitz.value,
+            "lipschitz": None if bound is None else bound.value,
+            "pair": None if bound is None or bound.pairs is None else float(bound.pairs.max()),  # of a difference of two logits
             **{name: repr(getattr(self, name)) for name in ("bound", "schedule", "share")},
             "target": self.target,
             "tolerance": self.tolerance,
