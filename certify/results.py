@@ -8,6 +8,7 @@ done again. Settings that would change a number are the folder's identity: a run
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -19,7 +20,8 @@ from typing import Any, TextIO
 from certify.errors import CertifyError
 
 SCHEMA = 1
-IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed")  # what must not change within a folder
+IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed", "smoothing")  # what must not change within a folder
+_CLOSE = 1e-9  # relative
 _TIMES = ("seconds",)  # what a row may differ in when it is made again
 
 Row = Mapping[str, Any]
@@ -61,8 +63,7 @@ class Folder:
         rows = read_rows(self.path)
         if {row["index"] for row in rows} != set(self.manifest["selection"]):
             return False
-        lines = [json.dumps({key: value for key, value in row.items() if key not in _TIMES}) + "\n" for row in rows]
-        write_atomically(self.path / "results.jsonl", "".join(lines))
+        write_atomically(self.path / "results.jsonl", "".join(_timeless(row) + "\n" for row in rows))
         return True
 
     def __enter__(self) -> Folder:
@@ -85,7 +86,7 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
         if inside := sorted(folder.parent.name for folder in path.glob("*/manifest.json")):
             raise CertifyError(f"{path}: this is not a results folder, it has some in it ({', '.join(inside)}); name one, such as {path / inside[0]}") from None
         raise CertifyError(f"{path}: this is not a results folder, it has no manifest.json; make one with certify run MODEL DATA -o {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CertifyError(f"{file}: cannot be read ({error}); make the folder again with certify run") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
         raise CertifyError(f"{file}: this version reads results of schema {SCHEMA} only; make the folder again with certify run")
@@ -96,9 +97,20 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Every whole row of a folder, one for each input, in the order of the inputs. Torn lines are passed over."""
     rows: dict[int, dict[str, Any]] = {}
     for file in sorted(path.glob("part-*.jsonl")):
-        for row in _lines(file):
-            rows[row["index"]] = row
+        rows |= {row["index"]: row for _, row in _lines(file) if row is not None}
     return [rows[index] for index in sorted(rows)]
+
+
+def passed_over(path: pathlib.Path) -> list[str]:
+    """What `read_rows` says nothing of: whole lines that are no rows, and rows beside another one of the same input that differ from it."""
+    kept, found = {row["index"]: row for row in read_rows(path)}, []
+    for file in sorted(path.glob("part-*.jsonl")):
+        for number, row in _lines(file):
+            if row is None:
+                found.append(f"{file.name}, line {number}: this is no row; delete the line and repeat the run")
+            elif _timeless(row) != _timeless(kept.get(row["index"], row)):  # written just now, if it is not there
+                found.append(f"input {row['index']}: {file.name}, line {number}, is another row of it than the one that counts; delete the wrong one")
+    return found
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
@@ -125,15 +137,23 @@ def writing(path: pathlib.Path) -> Iterator[None]:
         raise CertifyError(f"{path}: this cannot be written, {lacking} choose another place") from error
 
 
-def _lines(file: pathlib.Path) -> Iterator[dict[str, Any]]:
+def _lines(file: pathlib.Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The number of every whole line, and its row; None where it has none."""
     with file.open(encoding="utf-8", errors="replace") as stream:
-        for line in stream:
-            try:
-                row = json.loads(line) if line.endswith("\n") else None
-            except ValueError:
-                continue
-            if isinstance(row, dict) and isinstance(row.get("index"), int):
-                yield row
+        yield from ((number, _row(line)) for number, line in enumerate(stream, 1) if line.endswith("\n"))
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("index")) is int else None
+
+
+def _timeless(row: Row) -> str:
+    """A row without what another one of the same input may differ in."""
+    return json.dumps({key: value for key, value in row.items() if key not in _TIMES})
 
 
 def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
@@ -151,16 +171,23 @@ def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
                 temporary.unlink(missing_ok=True)
     found = read_manifest(path)
     for key in IDENTITY:
-        if found.get(key) != json.loads(json.dumps(manifest.get(key))):
+        if not _alike(found.get(key), json.loads(json.dumps(manifest.get(key)))):
             was, now = _difference(found.get(key), manifest.get(key))
             raise OtherRun(f"{path}: the folder was started with {key} {was}, now it is {now}; choose another -o, or repeat the command that made it")
     return found
 
 
+def _alike(was: Any, now: Any) -> bool:
+    """Whether two settings are one. A constant that is proved again on another machine may differ in its last digits."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(_alike(was[key], now[key]) for key in was)
+    return bool(was == now) or (isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=_CLOSE))
+
+
 def _difference(was: Any, now: Any) -> tuple[str, str]:
     """The parts of two values that differ, short enough for a sentence."""
     if isinstance(was, dict) and isinstance(now, Mapping):
-        keys = [key for key in {**was, **now} if was.get(key) != now.get(key)][:1]
+        keys = [key for key in {**was, **now} if not _alike(was.get(key), now.get(key))][:1]
         was, now = {key: was.get(key) for key in keys}, {key: now.get(key) for key in keys}
     return _short(was), _short(now)
 

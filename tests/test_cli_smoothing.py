@@ -19,6 +19,7 @@ import certify.results
 import lipnet
 from certify import data
 from certify.cli import main
+from certify.smoothing.bounds import Tally
 from certify.smoothing.engine import Engine
 
 SETTING = ("--method", "smoothing", "--sigma", "0.25", "--levels", "16", "--seed", "3", "--batch", "256", "--quiet")
@@ -189,20 +190,26 @@ def test_a_lipschitz_constant_is_proved_recorded_and_proved_again(model, tmp_pat
     path = tmp_path / "aware/manifest.json"
     manifest = json.loads(path.read_text())
     loaded = certify.models.load(model)
-    assert manifest["smoothing"]["lipschitz"] == certify.lipschitz(loaded.net, input_shape=(64,)).value
+    proved = certify.lipschitz(loaded.net, input_shape=(64,))
+    assert manifest["smoothing"]["lipschitz"] == proved.value
+    assert manifest["smoothing"]["pair"] == proved.pairs.max() < 1.4 * proved.value
     assert manifest["smoothing"]["proof"] == "Layerwise()"
     assert manifest["dtype"] == "weights as stored, evaluated in float64"
     assert "REAL_ARITHMETIC" in manifest["assumptions"]
     for value, match in (
-        (manifest["smoothing"]["lipschitz"] / 2, "the proof gives"),
-        ("1", "the proof gives"),
+        (manifest["smoothing"]["lipschitz"] / 2, "what is proved is"),
+        ("1", "what is proved is"),
+        (10**400, "what is proved is"),
         (None, "dtype"),
-        (math.inf, "the proof gives"),
+        (math.inf, "what is proved is"),
     ):
         path.write_text(json.dumps({**manifest, "smoothing": {**manifest["smoothing"], "lipschitz": value}}))
         capsys.readouterr()
         assert main(["check", str(tmp_path / "aware")]) == 4
         assert match in capsys.readouterr().out
+    for pair in (manifest["smoothing"]["pair"] / 2, manifest["smoothing"]["pair"] * 1.01, "1", 10**400, None, math.inf):
+        path.write_text(json.dumps({**manifest, "smoothing": {**manifest["smoothing"], "pair": pair}}))
+        assert main(["check", str(tmp_path / "aware")]) == 4
     assert run(model, tmp_path / "c", "--n", "400", "--limit", "8", "--lipschitz", "layerwise") == 2  # votes have no Lipschitz constant
     one_sentence(capsys, "votes")
 
@@ -340,6 +347,22 @@ def test_model_data_and_method_cannot_change_within_a_folder(model, small, tmp_p
     one_sentence(capsys, "started with method")
 
 
+def test_a_folder_has_rows_with_a_lipschitz_constant_or_without(model, tmp_path, capsys):
+    soft = ("--n", "200", "--limit", "4", "--levels", "4096", "--scores", "softmax:0.3")
+    for first, then in (((), ("--lipschitz", "layerwise")), (("--lipschitz", "layerwise"), ())):
+        out = tmp_path / f"{len(first)}"
+        assert run(model, out, *soft, *first, "--shard", "0/2") == 0
+        capsys.readouterr()
+        assert run(model, out, *soft, *then) == 2
+        one_sentence(capsys, "started with smoothing {'lipschitz': ")
+        path = out / "manifest.json"
+        manifest = json.loads(path.read_text())
+        if first:  # the constant as another machine proves it
+            manifest["smoothing"]["lipschitz"] *= 1 + 1e-14
+            path.write_text(json.dumps(manifest))
+        assert run(model, out, *soft, *first) == main(["check", str(out)]) == 0
+
+
 # what check finds
 
 
@@ -419,6 +442,9 @@ ROWS = {
     "counts are text": lambda row: row.update(counts="many"),
     "another class": lambda row: [tally["sums"].append(0) for tally in (row["counts"]["selection"], *row["counts"]["looks"])],
     "index": lambda row: row.update(index=300),
+    "a radius of 400 digits": lambda row: row.update(radius=10**400),
+    "an alpha of 400 digits": lambda row: row.update(alpha=10**400),
+    "a count beyond int64": lambda row: row["counts"]["looks"][-1]["sums"].__setitem__(0, 2**64 - 1),
 }
 
 
@@ -471,6 +497,10 @@ MANIFESTS = {
     "class names": lambda manifest: manifest["model"]["classes"].reverse(),
     "count": lambda manifest: manifest["data"].update(count=8),
     "selected inputs": lambda manifest: manifest.update(selection=[0, 1, 2]),
+    "units": lambda manifest: manifest["input"].update(units="of bytes"),
+    "a sentence": lambda manifest: manifest["assumption_sentences"].update(EVAL_MODE="Nothing is assumed."),
+    "a failure of 400 digits": lambda manifest: manifest.update(failure=10**400),
+    "a distance of 400 digits": smoothing(distance=10**400),
 }
 
 
@@ -480,6 +510,49 @@ def test_check_finds_a_changed_manifest(small, tmp_path, capsys, change):
     capsys.readouterr()
     assert main(["check", str(out)]) == 4
     assert "contradiction: " in capsys.readouterr().out
+
+
+def test_check_finds_lines_that_are_no_rows_and_rows_beside_others(small, tmp_path, capsys):
+    for name, more, match in (
+        ("same", lambda row: json.dumps({**row, "seconds": 9.0}), None),
+        ("torn", lambda row: json.dumps({**row, "radius": 9.0})[:-1], "0-x.jsonl, line 1: this is no row"),
+        ("deep", lambda row: "[" * 100_000, "0-x.jsonl, line 1: this is no row"),
+        ("index", lambda row: json.dumps({**row, "index": True}), "0-x.jsonl, line 1: this is no row"),
+        ("other", lambda row: json.dumps({**row, "radius": 9.0}), "0-x.jsonl, line 1, is another row of it"),
+    ):
+        out = tmp_path / name
+        shutil.copytree(small, out)
+        row = json.loads((out / "results.jsonl").read_text().splitlines()[0])
+        (out / "part-0-of-0-x.jsonl").write_text(more(row) + "\n")
+        capsys.readouterr()
+        assert main(["check", str(out)]) == (0 if match is None else 4)
+        assert match is None or match in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scores", ["softmax:0.3", "sparsemax:0.3"])
+def test_soft_scores_of_a_copy_add_up_to_one(model, tmp_path, capsys, scores):
+    """Less for the rivals and no more for the class would be a larger radius, of counts that nothing counts."""
+    out = tmp_path / "a"
+    assert run(model, out, "--n", "200", "--limit", "4", "--scores", scores, "--vote-margin", "0.01") == 0
+    assert main(["check", str(out)]) == 0
+    (part,) = out.glob("part-*")
+    (out / "results.jsonl").unlink()
+    rows, manifest = [json.loads(line) for line in part.read_text().splitlines()], json.loads((out / "manifest.json").read_text())
+    method = certify.smoothing.rows.method_of(manifest)
+    procedure = method.procedure((64,))
+    row = min((row for row in rows if row["radius"] > 0), key=lambda row: row["radius"])
+    top, radius, looks = row["prediction"], row["radius"], row["counts"]["looks"]
+    for look in looks:
+        for name in ("sums", "squares"):
+            look[name] = [number if k == top else 0 for k, number in enumerate(look[name])]
+    outcome = procedure.decide(Tally.from_json(row["counts"]["selection"]), [Tally.from_json(look) for look in looks])
+    row["counts"].update(outcome.to_json())
+    row.update(radius=outcome.radius, n=looks[-1]["n"])
+    assert outcome.radius > 1.01 * radius
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    assert main(["check", str(out)]) == 4
+    assert "add up to less" in capsys.readouterr().out
 
 
 BROKEN = {
@@ -501,6 +574,8 @@ BROKEN = {
     "no guarantee": (lambda manifest: manifest.pop("guarantee"), "it has no guarantee"),
     "model digest": (lambda manifest: manifest["model"].update(sha256="0" * 64), "the model has sha256"),
     "data digest": (lambda manifest: manifest["data"].update(sha256="0" * 64), "the data has sha256"),
+    "a constant of votes": (smoothing(lipschitz=10**400), "votes: they jump"),
+    "a target of 400 digits": (in_method("target=None", f"target={10**400}"), "the target is a radius"),
 }
 
 

@@ -1,12 +1,16 @@
 """Radii: known answers, worst cases found by brute force, and coverage on classifiers whose smoothed function is known."""
 
+import dataclasses
 import math
 
 import mpmath
 import numpy as np
 import pytest
+import torch
 from scipy import integrate, optimize, sparse, stats
+from torch import nn
 
+import certify
 from certify.bound import Ball, Bound, Estimate
 from certify.errors import CertifyError
 from certify.smoothing import (
@@ -155,9 +159,31 @@ def test_slopes_of_score_maps_are_met_and_not_exceeded(scores, least):
         slope = np.linalg.norm(gradients, axis=1).max()
         assert least * scores.slope(classes) < slope < scores.slope(classes) * (1 + 1e-6)
         assert np.allclose(scores(z).sum(axis=1), 1)
-    logits = Bound(2.0, "", pairs=np.full((5, 5), 1.0))
-    assert scores.lipschitz(logits).value == pytest.approx(2 * scores.slope(5))
-    assert scores.lipschitz(logits).norm == (2, math.inf)
+        apart = np.where(np.arange(classes) > 0, -gradients, 0.0)  # the gradient in terms of the differences z_0 - z_j
+        assert np.allclose(gradients[:, 0], apart.sum(axis=1), atol=1e-4)
+        assert least * scores.weight(classes) < np.abs(apart).sum(axis=1).max() < scores.weight(classes) * (1 + 1e-6)
+    for pair, value in ((1.0, scores.weight(5)), (9.0, 2 * scores.slope(5))):
+        found = scores.lipschitz(Bound(2.0, "", pairs=pair * (1 - np.eye(5))))
+        assert value <= found.value <= value * (1 + 1e-15)
+        assert found.norm == (2, math.inf)
+    assert scores.lipschitz(Bound(2.0, "")).value == pytest.approx(2 * scores.slope())
+
+
+@pytest.mark.parametrize("scores", [Softmax(0.7), Sparsemax(0.7)], ids=repr)
+def test_constants_of_differences_of_logits_bound_scores(scores):
+    """Logits that share most of what they do: the constant of their differences is far below that of all of them, and scores are not steeper than it says."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 16), nn.ReLU(), nn.Linear(16, 4)).double().eval()
+    with torch.no_grad():
+        net[2].weight.copy_(0.2 * net[2].weight + net[2].weight[:1])
+    logits = certify.lipschitz(net, input_shape=(3,))
+    value, alone = scores.lipschitz(logits).value, scores.lipschitz(dataclasses.replace(logits, pairs=None)).value
+    assert value < 0.5 * alone
+    x = 3 * torch.randn(4000, 3, dtype=torch.float64)
+    y = x + 0.01 * torch.randn(4000, 3, dtype=torch.float64)
+    with torch.no_grad():
+        moved = np.abs(scores(net(x).numpy()) - scores(net(y).numpy())).max(axis=1)
+    assert (moved <= value * np.linalg.norm((x - y).numpy(), axis=1) + 1e-15).all()
 
 
 # Mixed classifiers

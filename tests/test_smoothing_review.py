@@ -103,6 +103,25 @@ def test_a_lipschitz_constant_is_for_copies_that_float32_holds():
         method.place(np.full((1, 2), 300.0))
 
 
+@pytest.mark.parametrize(("levels", "temperature"), [(1, 0.05), (255, 1e-6)])
+def test_a_grid_too_coarse_for_the_lipschitz_constant_is_named(levels, temperature):
+    net = nn.Sequential(nn.Linear(6, 3)).eval()
+    method = Smoothing(Gaussian(0.1), Softmax(temperature), SHORT, levels=levels, lipschitz=lipschitz(net, input_shape=(6,)))
+    with pytest.raises(CertifyError, match=f"the grid of {levels} levels .* take more levels"):
+        certify.robustness(net, torch.rand(1, 6), method)
+
+
+def test_soft_scores_are_summed_exactly_of_the_copies_that_choose_too():
+    with pytest.raises(CertifyError, match="fewer than 2\\^23 copies, got 8388608"):
+        Smoothing(Gaussian(1.0), Softmax(1.0), FixedN(n0=2**23, n=1000, alpha=0.05))
+
+
+def test_inputs_in_bfloat16_are_the_numbers_that_they_are():
+    net, x = nn.Sequential(nn.Linear(6, 3)).eval(), torch.rand(3, 6).bfloat16()
+    for method in (Smoothing(Gaussian(0.1), schedule=SHORT), certify.Mixed(Smoothing(Gaussian(0.1), schedule=SHORT), net, 0.8)):
+        np.testing.assert_array_equal(certify.robustness(net, x, method).radius, certify.robustness(net, x.float(), method).radius)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from certify.cli import Exit
     from certify.cli.console import out, print_json
     from certify.errors import CertifyError
-    from certify.results import read_manifest, read_rows
+    from certify.results import passed_over, read_manifest, read_rows
 
     if args.against is not None and args.folder.is_file():
         raise CertifyError(f"{args.folder}: --against compares a results folder of certify run with one of certify attack, and this is a file")
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             raise CertifyError(f"{args.folder}: there are no results yet; run certify run first")
         count = len(rows)
         what, wrong, kinds = (_log_folder if "log" in manifest else _results)(args, manifest, rows)
-        wrong = wrong + _finished(args.folder, rows)
+        wrong = wrong + passed_over(args.folder) + _finished(args.folder, rows)
     if args.json:
         print_json({"folder": str(args.folder), "rows": count, "contradictions": wrong, **({} if kinds is None else {"kinds": kinds})})
     else:
@@ -141,6 +140,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
     """The rows of a run."""
     from certify import data
     from certify.cli.console import progress
+    from certify.cli.run import UNITS
     from certify.errors import CertifyError
 
     sides = _sides(args, manifest, rows)
@@ -160,6 +160,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
         "model.parameters": model.parameters,
         "model.classes": list(model.classes) if model.classes else None,
         "input.range": list(model.input_range) if model.input_range else None,
+        "input.units": UNITS,
         "data.count": len(dataset),
     }
     told = {name: lookup(manifest, *name.split(".")) for name in known}
@@ -276,7 +277,8 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
     """Each certificate from the counts that it claims to follow from. That the counts are those of the model is not looked at."""
     from certify.smoothing.rows import contradictions, differences, method_of, off_grid
 
-    method, wrong = _with_lipschitz(method_of(manifest), lookup(manifest, "smoothing", "lipschitz"), model)
+    stored, pair = lookup(manifest, "smoothing", "lipschitz"), lookup(manifest, "smoothing", "pair")
+    method, wrong = _with_lipschitz(method_of(manifest), stored, pair, model)
     procedure = method.procedure(dataset.inputs.shape[1:])
     selected, wrong = set(manifest["selection"]), [*wrong, *differences(manifest, method, procedure)]
     for row in rows:
@@ -291,17 +293,19 @@ def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], mode
     return f"{len(rows)} rows computed again from their counts", wrong
 
 
-def _with_lipschitz(method: Smoothing, stored: object, model: Model) -> tuple[Smoothing, list[str]]:
-    """The method with the Lipschitz constant that a manifest has, if any, and whether it is less than what is proved of the model again."""
+def _with_lipschitz(method: Smoothing, stored: object, pair: object, model: Model) -> tuple[Smoothing, list[str]]:
+    """The method with the Lipschitz constants that a manifest has, if any, and whether one is less than what is proved of the model again."""
+    from certify.errors import CertifyError
     from certify.methods import lipschitz
+    from certify.smoothing.values import with_constants
 
     if stored is None:
         return method, []
     proved = lipschitz(model.net, input_shape=model.shape)
-    if isinstance(stored, float | int) and proved.value * (1 - _TOLERANCE) <= stored < math.inf:
-        return dataclasses.replace(method, lipschitz=dataclasses.replace(proved, value=float(stored))), []
-    wrong = f"the radii are of a Lipschitz constant {stored!r}, the proof gives {proved.value!r}"
-    return dataclasses.replace(method, lipschitz=proved), [wrong]
+    try:
+        return dataclasses.replace(method, lipschitz=with_constants(proved, stored, pair)), []
+    except CertifyError as error:
+        return dataclasses.replace(method, lipschitz=proved), [str(error)]
 
 
 def _log_file(args: argparse.Namespace) -> tuple[int, Found]:

@@ -32,6 +32,7 @@ EPILOG = """examples:
   certify run net.safetensors digits -o runs/l1 --method smoothing --noise laplace --scale 0.3 --levels 16
   certify run net.safetensors test.npz -o runs/big --shard 0/4      (and 1/4, 2/4, 3/4 on other machines)"""
 
+UNITS = "of the data, before any normalisation in the model"  # of the radii
 _GROUP = 64  # rows written at once
 Certify = Callable[[Sequence[int]], Iterator[Sequence[Mapping[str, Any]]]]
 
@@ -382,7 +383,7 @@ def manifest_of(model: Model, dataset: Dataset, selection: list[int]) -> dict[st
             **model.opened,
         },
         "data": {"spec": dataset.spec, "sha256": dataset.sha256, "count": len(dataset)},
-        "input": {"range": list(model.input_range) if model.input_range else None, "units": "of the data, before any normalisation in the model"},
+        "input": {"range": list(model.input_range) if model.input_range else None, "units": UNITS},
         "selection": selection,
         "seed": None,
         "argv": ["certify", *sys.argv[1:]],

@@ -78,8 +78,8 @@ class Tally:
             array = np.asarray(getattr(self, name))
             if array.dtype.kind not in "iu":
                 raise CertifyError(f"a tally holds whole numbers, its {name} are {array.dtype}")
-            if (array < 0).any():
-                raise CertifyError(f"a tally holds no negative numbers, its {name} hold {array.min()}")
+            if (array < 0).any() or (array > np.iinfo(np.int64).max).any():  # what is not negative may be stored without a sign, and would get one
+                raise CertifyError(f"a tally holds no negative numbers, and none from 2^63 on, its {name} hold {array.min()} to {array.max()}")
             object.__setattr__(self, name, array.astype(np.int64))
         if not (isinstance(self.n, int) and isinstance(self.unit, int)) or self.n < 1 or self.sums.ndim < 1 or self.sums.shape[-1] < 2:
             raise CertifyError(f"a tally is of at least one copy and two classes, got n={self.n} and sums of shape {self.sums.shape}")
@@ -92,11 +92,11 @@ class Tally:
                 f"the counts do not add up: {_some(total)} in all classes and {_some(self.undecided)} undecided, of n={self.n} (unit {self.unit})"
             )
         if self.squares is not None and not self._plausible(self.squares.astype(np.float64)):
-            raise CertifyError("the squares of a tally do not fit its sums: they lie between sums^2 / (n unit) and sums")
+            raise CertifyError("the squares of a tally do not fit its sums: they lie between sums^2 / (decided unit) and sums")
 
     def _plausible(self, squares: Array) -> bool:
-        sums = self.sums.astype(np.float64)
-        return bool(((squares <= sums) & (squares * (1 + 1e-9) >= sums**2 / (self.n * self.unit))).all())
+        sums, decided = self.sums.astype(np.float64), (self.n - self.undecided[..., None]).astype(np.float64)
+        return bool(((squares <= sums) & (squares * decided * self.unit * (1 + 1e-9) >= sums**2)).all())
 
     @property
     def classes(self) -> int:

@@ -14,7 +14,7 @@ from scipy import special
 
 from certify.bound import Array, Bound
 from certify.errors import CertifyError
-from certify.rounding import up
+from certify.rounding import multiply_up, up
 from certify.smoothing import radius
 from certify.smoothing.noises import Gaussian, Noise
 from certify.smoothing.radius import check_sigma
@@ -34,12 +34,24 @@ class ScoreMap(abc.ABC):
     def slope(self, classes: float = math.inf) -> float:
         """The largest Euclidean norm of the gradient of one score; infinite where a score jumps."""
 
+    @abc.abstractmethod
+    def weight(self, classes: float = math.inf) -> float:
+        """The gradient of a score s_k is a sum of differences of two gradients of logits, z_k - z_j; the largest sum of their weights."""
+
     def lipschitz(self, logits: Bound) -> Bound:
-        """`|s_k(x) - s_k(y)| <= value |x - y|_p` for each score s_k, from a bound of the logits in l2. Raises CertifyError for scores that jump."""
-        slope = self.slope(math.inf if logits.pairs is None else len(logits.pairs))
+        """`|s_k(x) - s_k(y)| <= value |x - y|_p` for each score s_k, from a bound of the logits in l2, or of differences of two of them, where those are known
+        and give less. Raises CertifyError for scores that jump, or nearly."""
+        classes = math.inf if logits.pairs is None else len(logits.pairs)
+        slope = self.slope(classes)
         if not math.isfinite(slope):
             raise CertifyError(f"the scores of {self!r} are votes: they jump, and have no Lipschitz constant; take Softmax(...) or Sparsemax(...)")
-        return Bound(slope, method=repr(self), norm=(2, math.inf)) @ logits
+        try:
+            found = Bound(slope, method=repr(self), norm=(2, math.inf)) @ logits
+        except OverflowError as error:
+            raise CertifyError(f"{self!r} of logits with a Lipschitz constant of {logits.value:g}: {error}; take a larger temperature") from error
+        if logits.pairs is None:
+            return found
+        return dataclasses.replace(found, value=min(found.value, multiply_up(self.weight(classes), float(logits.pairs.max()))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +64,16 @@ class Hardmax(ScoreMap):
     def slope(self, classes: float = math.inf) -> float:
         return math.inf
 
+    def weight(self, classes: float = math.inf) -> float:
+        return math.inf
+
 
 @dataclasses.dataclass(frozen=True)
 class Softmax(ScoreMap):
-    """softmax(logits / temperature). The gradient of s_k is s_k (e_k - s) / temperature, at most sqrt(2)/4 / temperature long."""
+    """softmax(logits / temperature). The gradient of s_k is s_k (e_k - s) / temperature, at most sqrt(2)/4 / temperature long.
+
+    As a sum over j of s_k s_j (e_k - e_j) / temperature it has the weights s_k (1 - s_k) / temperature, at most 1/4 / temperature.
+    """
 
     temperature: float = 1.0
 
@@ -68,10 +86,16 @@ class Softmax(ScoreMap):
     def slope(self, classes: float = math.inf) -> float:
         return up(up(math.sqrt(2) / 4) / self.temperature)
 
+    def weight(self, classes: float = math.inf) -> float:
+        return up(0.25 / self.temperature)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sparsemax(ScoreMap):
-    """The projection of logits / temperature on the simplex (Martins & Astudillo 2016). Gradients: sqrt(1 - 1/m) / temperature, m the support."""
+    """The projection of logits / temperature on the simplex (Martins & Astudillo 2016). Gradients: sqrt(1 - 1/m) / temperature, m the support.
+
+    In the support, the gradient of s_k is the sum over the others j in it of (e_k - e_j) / m / temperature, of weights 1 - 1/m.
+    """
 
     temperature: float = 1.0
 
@@ -87,6 +111,9 @@ class Sparsemax(ScoreMap):
 
     def slope(self, classes: float = math.inf) -> float:
         return up(up(math.sqrt(1 - 1 / classes)) / self.temperature)
+
+    def weight(self, classes: float = math.inf) -> float:
+        return up(up(1 - 1 / classes) / self.temperature)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -243,9 +243,11 @@ def procedure_of(manifest: Mapping[str, Any]) -> Procedure:
 def log_differences(manifest: Mapping[str, Any], procedure: Procedure) -> list[str]:
     """What the manifest of a log's folder says and its setting does not."""
     log = Log(str(manifest["log"].get("name")), manifest["data"]["sha256"], ())
-    named = ("method", "norm", "guarantee", "failure", "seed", "assumptions")
+    named = ("method", "norm", "guarantee", "failure", "seed", "input", "assumptions", "assumption_sentences")
     proved = facts(log, "", procedure, manifest["selection"])
     wrong = [f"the manifest has {key} {manifest.get(key)!r}, its setting gives {proved[key]!r}" for key in named if manifest.get(key) != proved[key]]
+    if manifest["data"].get("count") != proved["data"]["count"]:
+        wrong.append(f"the manifest has data.count {manifest['data'].get('count')!r}, and {proved['data']['count']} lines are selected")
     if manifest["log"].get("sha256") != log.sha256:
         wrong.append("the manifest names two different logs")
     return wrong

@@ -93,8 +93,8 @@ class Smoothing(RobustnessMethod):
             raise CertifyError(f"a batch has at least one row, got batch={self.batch}")
         soft = self.scores.temperature if isinstance(self.scores, Softmax | Sparsemax) else None
         counting.check(2, (1, 3), (None, None), self.vote_margin, soft or 1.0)
-        if soft is not None and self.schedule.sizes[-1] >= 2**23:
-            raise CertifyError(f"sums of soft scores are exact for fewer than 2^23 copies, got {self.schedule.sizes[-1]}; take fewer, or votes")
+        if soft is not None and (most := max(self.schedule.n0, self.schedule.sizes[-1])) >= 2**23:
+            raise CertifyError(f"sums of soft scores are exact for fewer than 2^23 copies, got {most}; take fewer, or votes")
         _ = self.copies, self._classifier  # refuse seeds, levels and sigmas that cannot be drawn, and constants that are not proved
 
     @property
@@ -125,6 +125,11 @@ class Smoothing(RobustnessMethod):
             self.copies.check(shape)
         if isinstance(self.noise, GaussianLinf | UniformLinf) and self.noise.dimension != np.prod(shape):
             raise CertifyError(f"{self.noise!r} is for inputs of {self.noise.dimension} entries, these have the shape {shape}")
+        if (moved := self._moved(int(np.prod(shape)))) >= 0.5:
+            raise CertifyError(
+                f"half a step on the grid of {self.levels} levels in each of {np.prod(shape)} entries moves scores by up to {moved:.3g}, by their "
+                "Lipschitz constant, so they certify nothing; take more levels (or none: levels=None, --levels 0), a larger temperature, or no constant"
+            )
         bound = self.bound or (ClopperPearson() if isinstance(self.scores, Hardmax) else EmpiricalBernstein())
         return Procedure(classifier, bound, self.schedule, target=self.target, tolerance=self.tolerance, distance=self._distance(int(np.prod(shape))))
 
@@ -140,9 +145,14 @@ class Smoothing(RobustnessMethod):
         if not isinstance(copies, Gauss):
             distance = copies.distance() if isinstance(copies, Drawn) else total_variation(copies.sigma, elements, copies.levels, copies.law)
         if self.lipschitz is not None:
-            slope = self.scores.lipschitz(self.lipschitz).value
-            distance += (4 / UNIT + (0.0 if self.levels is None else slope * math.sqrt(elements) / (2 * self.levels))) * (1 + 1e-12)
+            distance += (4 / UNIT + self._moved(elements)) * (1 + 1e-12)
         return distance if distance == 0 else math.nextafter(distance, math.inf)
+
+    def _moved(self, elements: int) -> float:
+        """How far scores that are Lipschitz may be moved by the grid."""
+        if self.lipschitz is None or self.levels is None:
+            return 0.0
+        return self.scores.lipschitz(self.lipschitz).value * math.sqrt(elements) / (2 * self.levels)
 
     @property
     def norm(self) -> float | None:
@@ -235,7 +245,7 @@ class Smoothing(RobustnessMethod):
         if 0 in shape:
             raise CertifyError(f"inputs of shape {shape} are empty")
         forward, classes, done_to = self.prepared(net, shape)
-        placed, apart = self.place(inputs.detach().cpu().numpy())
+        placed, apart = self.place(numbers(inputs))
         count = len(inputs)
         prediction, radius = np.full(count, -1, dtype=np.int64), np.zeros(count)
         runner_up = np.full(count, -1, dtype=np.int64)
@@ -295,6 +305,11 @@ def _law(noise: Noise) -> tuple[str, float] | None:
 def _last(shape: Shape) -> Shape:
     """Channels last."""
     return (*shape[1:], shape[0]) if len(shape) == 3 else shape
+
+
+def numbers(inputs: Tensor) -> Array:
+    """As numpy has them, which knows no bfloat16."""
+    return (inputs.float() if inputs.dtype == torch.bfloat16 else inputs).detach().cpu().numpy()
 
 
 def device_of(net: nn.Module) -> torch.device:

@@ -17,7 +17,7 @@ from certify.margins import RobustnessMethod
 from certify.smoothing import radius
 from certify.smoothing.classifier import SmoothedClassifier
 from certify.smoothing.engine import Done
-from certify.smoothing.method import Smoothing, device_of, less
+from certify.smoothing.method import Smoothing, device_of, less, numbers
 from certify.smoothing.noises import Gaussian, Noise
 from certify.smoothing.prepare import tried
 from certify.smoothing.radius import check_sigma, normal_quantile
@@ -52,7 +52,7 @@ class Mixed(RobustnessMethod):
         shape, count = tuple(inputs.shape[1:]), len(inputs)
         forward, classes, done_to = self.smoothing.prepared(net, shape)
         g = self._scores(inputs, classes)
-        placed, apart = self.smoothing.place(inputs.detach().cpu().numpy())
+        placed, apart = self.smoothing.place(numbers(inputs))
         procedure = self._procedure(shape)
         prediction, found = np.full(count, -1, dtype=np.int64), np.zeros(count)
         runner_up = np.full(count, -1, dtype=np.int64)

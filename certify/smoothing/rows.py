@@ -15,8 +15,11 @@ from torch import Tensor
 from certify.bound import Array, assumed
 from certify.data import Dataset
 from certify.errors import CertifyError
+from certify.report.summary import number
+from certify.smoothing.bounds import Tally
 from certify.smoothing.engine import Forward
 from certify.smoothing.method import Smoothing, certified_radius
+from certify.smoothing.noise.counts import UNIT
 from certify.smoothing.schedule import Procedure, Status
 from certify.smoothing.shared import FirstOnce
 from certify.smoothing.values import parse
@@ -116,6 +119,8 @@ def contradictions(row: Mapping[str, Any], procedure: Procedure, classes: Any, d
         return [f"{where}: its counts end before a look that decides"]
     if len(sums) != classes:
         return [f"{where}: its counts are of {len(sums)} classes, the manifest says {classes!r}"]
+    if not all(_adds_up(Tally.from_json(tally)) for tally in (row["counts"]["selection"], *row["counts"]["looks"])):
+        return [f"{where}: its soft scores add up to less than those of so many copies do"]
     selected = max(range(len(sums)), key=lambda k: sums[k])
     proved: dict[str, Any] = {
         **_verdict(selected, distance, certified_radius(outcome, distance), row.get("label")),
@@ -159,7 +164,7 @@ def differences(manifest: Mapping[str, Any], method: Smoothing, procedure: Proce
         raise CertifyError("the manifest says nothing of the smoothing it is of; make the folder again with certify run")
     proved = json.loads(json.dumps(facts(method, procedure, (), stored.get("classes"))))
     wrong = _unlike("smoothing.", stored, proved["smoothing"])
-    named = ("norm", "guarantee", "failure", "seed", "assumptions", "dtype")
+    named = ("norm", "guarantee", "failure", "seed", "assumptions", "assumption_sentences", "dtype")
     return [*_unlike("", {key: manifest.get(key) for key in named}, {key: proved[key] for key in named}), *wrong]
 
 
@@ -173,9 +178,16 @@ def _unlike(prefix: str, stored: Mapping[str, Any], proved: Mapping[str, Any]) -
 
 def _same(stored: Any, proved: Any) -> bool:
     """Whether two stored values are one, up to the last digits of a float."""
-    if isinstance(proved, float) and isinstance(stored, float | int) and not isinstance(stored, bool):
-        return math.isclose(stored, proved, rel_tol=_TOLERANCE)
+    if isinstance(proved, float):
+        found = number(stored)
+        return found is not None and math.isclose(found, proved, rel_tol=_TOLERANCE)
     return type(stored) is type(proved) and bool(stored == proved)
+
+
+def _adds_up(tally: Tally) -> bool:
+    """Whether soft scores may be sums of what is counted: those of a copy add up to 1, before each of them is rounded down to a multiple of 1 / UNIT."""
+    copies, total = tally.n - int(tally.undecided), int(tally.sums.sum())
+    return tally.squares is None or (tally.unit == UNIT and total >= copies * (UNIT - tally.classes))
 
 
 def _sentence(error: Exception) -> str:

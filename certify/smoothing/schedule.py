@@ -11,6 +11,7 @@ import dataclasses
 import enum
 import itertools
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, ClassVar
@@ -198,7 +199,7 @@ class Procedure:
         if not 0 <= self.distance < 1:
             raise CertifyError(f"a total variation lies in [0, 1), got {self.distance}")
         for name, value in (("target", self.target), ("tolerance", self.tolerance)):
-            if value is not None and not (value >= 0 and math.isfinite(value)):
+            if value is not None and not 0 <= value <= sys.float_info.max:
                 raise CertifyError(f"the {name} is a radius, a finite number that is not negative, got {value}")
 
     def around(self, distance: float) -> Procedure:
@@ -207,11 +208,12 @@ class Procedure:
 
     def settings(self) -> dict[str, Any]:
         """What a manifest stores of it: plain numbers, and the printed forms of its values. `values.read` makes it again."""
-        classifier = self.classifier
+        classifier, bound = self.classifier, self.classifier.lipschitz
         return {
             "noise": repr(classifier.noise),
             "scores": repr(classifier.scores),
-            "lipschitz": None if classifier.lipschitz is None else classifier.lipschitz.value,
+            "lipschitz": None if bound is None else bound.value,
+            "pair": None if bound is None or bound.pairs is None else float(bound.pairs.max()),  # of a difference of two logits
             **{name: repr(getattr(self, name)) for name in ("bound", "schedule", "share")},
             "target": self.target,
             "tolerance": self.tolerance,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from certify.bound import Bound
 from certify.errors import CertifyError
@@ -13,6 +16,7 @@ from certify.smoothing import bounds, classifier, noises, schedule
 
 _PROVED = 1e-6  # relative; how much a Lipschitz constant may differ when it is proved again with another BLAS
 _KINDS = (bounds.ConfidenceBound, bounds.Share, noises.Noise, noises.Law, classifier.ScoreMap, schedule.Schedule)
+_PARTS = {"noise": noises.Noise, "scores": classifier.ScoreMap, "bound": bounds.ConfidenceBound, "schedule": schedule.Schedule, "share": bounds.Share}
 _KNOWN: dict[str, Any] = {
     name: found
     for module in (bounds, noises, classifier, schedule)
@@ -38,15 +42,37 @@ def read(settings: Mapping[str, Any], lipschitz: Bound | None = None) -> schedul
     Raises CertifyError for settings that are incomplete, and for a Lipschitz constant that is not proved: none is given, or a larger one.
     """
     stored = settings.get("lipschitz")
-    if stored is not None and (lipschitz is None or not lipschitz.value <= stored * (1 + _PROVED)):
-        raise CertifyError(f"the radii are of a Lipschitz constant {stored}, what is proved is {'none' if lipschitz is None else lipschitz.value}")
+    if stored is not None and lipschitz is None:
+        raise CertifyError(f"the radii are of a Lipschitz constant {stored!r}, what is proved is none")
+    proved = None if stored is None or lipschitz is None else with_constants(lipschitz, stored, settings.get("pair"))
     try:
-        parts = {name: parse(settings[name]) for name in ("noise", "scores", "bound", "schedule", "share")}
+        parts = {name: parse(settings[name]) for name in _PARTS}
         rest = {name: settings[name] for name in ("target", "tolerance", "distance")}
     except KeyError as error:
         raise CertifyError(f"the settings of a smoothing run lack {error}") from error
-    proved = None if stored is None or lipschitz is None else dataclasses.replace(lipschitz, value=float(stored))
+    for name, kind in _PARTS.items():
+        if not isinstance(parts[name], kind):
+            raise CertifyError(f"the {name} of a smoothing run is {str(settings[name])[:80]!r}, which is of another kind")
     return schedule.Procedure(classifier.SmoothedClassifier(parts.pop("noise"), parts.pop("scores"), proved), **parts, **rest)
+
+
+def with_constants(
+    proved: Bound,
+    lipschitz: Any,  # of the logits
+    pair: Any,  # the largest of a difference of two of them; None: it was not used
+) -> Bound:
+    """The Bound with the constants that a run stored. Raises CertifyError where one of them is less than what is proved again."""
+    most = None if proved.pairs is None else float(proved.pairs.max())
+    told = f"the radii are of a Lipschitz constant {lipschitz!r}, what is proved is {proved.value!r}"
+    if not _covers(lipschitz, proved.value):
+        raise CertifyError(told)
+    if pair is not None and (proved.pairs is None or not _covers(pair, most)):
+        raise CertifyError(f"{told}; and of {pair!r} for a difference of two logits, what is proved is {most!r}")
+    return dataclasses.replace(proved, value=lipschitz, pairs=None if pair is None or proved.pairs is None else np.full_like(proved.pairs, pair))
+
+
+def _covers(stored: object, proved: float | None) -> bool:
+    return isinstance(stored, float) and proved is not None and proved * (1 - _PROVED) <= stored < math.inf
 
 
 def _value(node: ast.expr) -> Any:

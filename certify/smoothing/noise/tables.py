@@ -76,7 +76,7 @@ def tables(sigma: float, levels: int, law: str = "gaussian") -> Tables:
     if law not in TAILS:
         raise CertifyError(f"the law of whole-number noise is one of {', '.join(TAILS)}, got {law!r}")
     if sigma * levels > MOST_STEPS:
-        raise CertifyError(f"whole-number noise has a sigma of at most {MOST_STEPS} steps of its grid, got {sigma} times {levels}")
+        raise CertifyError(f"whole-number noise has a sigma of at most {MOST_STEPS} steps of its grid, got {sigma} times {levels}; take fewer levels")
     with decimal.localcontext(_CONTEXT):
         s = Decimal(float(sigma)) * levels
         found: list[int] = []
