@@ -36,7 +36,7 @@ def local_bound(
     if not (radius >= 0 and math.isfinite(radius) and p in (2, math.inf)):
         raise ValueError(f"local_bound is for balls of a finite radius in l2 or l-infinity, got radius={radius}, p={p}")
     if not isinstance(x, Tensor) or x.dim() < 2 or not len(x):
-        raise ValueError(f"local_bound has a number for each input of a batch, got inputs of shape {tuple(x.shape)}; give a tensor (batch, ...)")
+        raise ValueError(f"local_bound has a number for each input of a batch, got inputs of shape {tuple(x.shape)}; give (batch, ...)")
     chain = list(_chain(net, x))
     _fits(len(x) * sum(step.matrix.numel() + len(step.matrix) * x[0].numel() for step in chain))
     slopes = _slopes(chain, x.detach().flatten(1), radius, p)
