@@ -15,6 +15,7 @@ from certify.errors import Problem, Unsupported
 from certify.graph import Graph
 from certify.registry import Shape, head_for, operator_for
 from certify.spectral import pair_distances
+from certify.together import together
 
 _IDENTITY = Bound(1.0, "composition")
 
@@ -88,7 +89,9 @@ def _value(graph: Graph, node: torch.fx.Node, values: dict[torch.fx.Node, Any], 
         rule = operator_for(node.target)
         if rule is None and node.name in graph.shapes:
             raise AssertionError(f"{node} passed the check of the graph without a rule; please report this")
-        return rule(graph.call(node, values)) if rule is not None and node.name in graph.shapes else None
+        found = rule(graph.call(node, values)) if rule is not None and node.name in graph.shapes else None
+        joint = None if found is None else together(graph, node, values)
+        return found if joint is None or found is None or found.value <= joint.value else joint
     return None  # get_attr, output
 
 

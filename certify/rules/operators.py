@@ -95,7 +95,10 @@ def _factor(call: Call) -> tuple[Bound, Array]:
     return _spread(call)[0], sizes
 
 
-@register_operator(torch.flatten, "flatten", "reshape", "view", torch.reshape)
+REARRANGED: tuple[Any, ...] = (torch.flatten, "flatten", "reshape", "view", torch.reshape)
+
+
+@register_operator(*REARRANGED)
 def _rearrange(call: Call) -> Bound:
     """A rearrangement of each input: the trial run has shown that the batch stays the first dimension, and the numbers what they are."""
     _no_options("reshape", {name: value for name, value in call.options.items() if name not in ("start_dim", "end_dim")})
