@@ -89,9 +89,10 @@ def _value(graph: Graph, node: torch.fx.Node, values: dict[torch.fx.Node, Any], 
         rule = operator_for(node.target)
         if rule is None and node.name in graph.shapes:
             raise AssertionError(f"{node} passed the check of the graph without a rule; please report this")
-        found = rule(graph.call(node, values)) if rule is not None and node.name in graph.shapes else None
-        joint = None if found is None else together(graph, node, values)
-        return found if joint is None or found is None or found.value <= joint.value else joint
+        if rule is None or node.name not in graph.shapes:
+            return None
+        bounds = [bound for bound in (rule(graph.call(node, values)), together(graph, node, values)) if bound is not None]
+        return min(bounds, key=lambda bound: bound.value, default=None)
     return None  # get_attr, output
 
 
