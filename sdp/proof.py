@@ -73,7 +73,7 @@ def largest_eigenvalue(
     floor = float(np.abs(matrix).max(initial=0.0)) * 1e-30 + 1e-280
     eye = np.eye(len(matrix))
     rounding = 2 * UNIT * np.abs(np.diag(np.diagonal(matrix)))  # of the subtraction below; the diagonal of the result is checked to be positive
-    for inflation in _inflations():
+    for inflation in _inflations(len(matrix)):
         value = proposal * (1 + inflation) + floor
         allowed = rounding + 2 * UNIT * value * eye
         if is_positive_semidefinite(value * eye - matrix, allowed if error is None else allowed + error):
@@ -101,7 +101,7 @@ def prove(
     if not math.isfinite(proposal):
         return math.inf
     base = matrix[gains, gains].copy()
-    for inflation in _inflations():
+    for inflation in _inflations(len(matrix)):
         rho = proposal * (1 + inflation) + 1e-280
         matrix[gains, gains] = base + weight * rho
         allowed = error.copy()
@@ -120,14 +120,15 @@ def prove_every(
     A rho that is proved for one system is proved for it when rho grows, so one pass is enough.
     Raises ValueError as `prove` does.
     """
-    rho = proposal = 0.0
+    size, proposal = 0, 0.0
     for make in systems:
         system = make()
         check_multipliers(system, multipliers, 2)
-        proposal = max(proposal, _smallest_gain(_augmented(system, multipliers)[0], system.inputs))
+        matrix = _augmented(system, multipliers)[0]
+        size, proposal = max(size, len(matrix)), max(proposal, _smallest_gain(matrix, system.inputs))
     if not math.isfinite(proposal):
         return math.inf
-    tries = iter(_inflations())
+    tries = iter(_inflations(size))
     rho = proposal * (1 + next(tries)) + 1e-280
     for make in systems:
         matrix, error, gains, _ = _augmented(make(), multipliers)
@@ -183,8 +184,9 @@ def estimate(
     return math.sqrt(_smallest_gain(_augmented(system, multipliers)[0], system.inputs))
 
 
-def _inflations() -> list[float]:
-    return [1e-14 * 4.0**k for k in range(27)]
+def _inflations(size: int) -> list[float]:
+    """The smallest, and then those that a matrix of this size may need: it is shifted by about `4 size^2` roundings, unless its diagonal is all there is."""
+    return [1e-14, *(found for k in range(1, 27) if (found := 1e-14 * 4.0**k) >= size**2 * UNIT)]
 
 
 _Form = tuple[Array, Array, NDArray[np.int64], float]  # a matrix, its entrywise error, where rho stands on the diagonal, and how many times
