@@ -15,6 +15,7 @@ import torch
 
 import sdp
 from certify.bound import Array, Assumption, Bound, Domain, Everywhere
+from certify.device import usable
 from certify.errors import CertifyError
 from certify.graph import Graph
 from certify.lure import Lowering, Wired, check
@@ -56,10 +57,7 @@ class LipSDP(LipschitzMethod):
             )
         if not 0 < self.tolerance < 1 or not self.seconds > 0:
             raise CertifyError(f"a tolerance between 0 and 1 and a positive time are needed, got {self.tolerance:g} and {self.seconds:g} seconds")
-        try:
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise CertifyError(f"torch cannot use the device {self.device!r} here: {(str(error).splitlines() or [''])[0]}; take device='cpu'") from None
+        usable(self.device)
         try:
             check_solver(self.solver)
         except ValueError as error:

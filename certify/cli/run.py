@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import pathlib
 import platform
@@ -89,9 +90,10 @@ def _add_smoothing(group: argparse._ActionsContainer) -> None:
     group.add_argument("--scores", type=scores, default="hard", metavar="MAP", help="hard (votes, the default), softmax:T or sparsemax:T, T the temperature")
     group.add_argument("--lipschitz", choices=["layerwise"], help="prove a Lipschitz constant of the network first: larger radii for soft scores")
     group.add_argument("--vote-margin", type=float, default=0.0, metavar="M", help="copies whose two largest logits are closer count against every class")
-    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^19 for others)")
+    group.add_argument("--batch", type=int, metavar="N", help="rows in a batch (default: 2^18 numbers for images, 2^19 for others; on a GPU 2^24)")
     group.add_argument("--engine", choices=["torch", "compile", "onnxruntime", "openvino"], default="torch", help="what runs the network (default torch)")
     group.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: certify the network as it is in bfloat16")
+    group.add_argument("--device", default="cpu", metavar="NAME", help="what the network runs on: cpu (default), or a GPU: cuda, cuda:1 (needs lipnet[gpu])")
     group.add_argument("--shared-noise", action="store_true", help="one noise for all inputs: faster for small networks; certificates are then not independent")
     group.add_argument("--seed", type=int, default=0, help="of the noise")
 
@@ -200,6 +202,7 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
     """The smoothed classifier, for the manifest, and what makes rows with it. Refuses what could not certify anything before it starts."""
     from certify.cli.console import write
+    from certify.device import usable
     from certify.errors import CertifyError
     from certify.methods import Layerwise, lipschitz
     from certify.smoothing.rows import facts, rows
@@ -209,14 +212,16 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
     shape = dataset.inputs.shape[1:]
     method = smoothing_of(args, model.shape, lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None)
     procedure = method.procedure(shape)
-    forward, classes, done = method.prepared(model.net, shape)
+    device = usable(args.device)
+    net = model.net if device.type == "cpu" else copy.deepcopy(model.net).to(device)
+    forward, classes, done = method.prepared(net, shape)
     procedure.start(classes)
-    about = facts(method, procedure, done, classes)
+    about = {**facts(method, procedure, done, classes), "device": device.type}
 
     def certify(pending: Sequence[int]) -> Iterator[list[dict[str, Any]]]:
         """The rows one by one, and how fast it went."""
         start, copies = time.perf_counter(), 0
-        for row in rows(method, forward, classes, dataset, pending):
+        for row in rows(method, forward, classes, dataset, pending, device):
             copies += row["n"] + args.n0
             yield [row]
         took = time.perf_counter() - start

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from certify.bound import Array, Assumption, Bound
 from certify.certificate import Certificate
+from certify.device import ieee
 from certify.errors import CertifyError, StaleBound
 from certify.graph import Graph
 from certify.margins import RobustnessMethod
@@ -113,9 +114,13 @@ class Smoothing(RobustnessMethod):
         noise = dataclasses.replace(self.noise, sigma=float(np.float32(self.noise.sigma))) if rounded else self.noise  # type: ignore
         return SmoothedClassifier(noise, self.scores, self.lipschitz)
 
-    def rows(self, shape: Shape) -> int:
-        """Of a batch of inputs of this shape, a power of two unless given: about 2^18 numbers for images, 2^19 for others, whose networks are smaller."""
+    def rows(self, shape: Shape, device: torch.device | None = None) -> int:
+        """Of a batch of inputs of this shape, a power of two unless given: about 2^18 numbers for images, 2^19 for others, whose networks are smaller, and 2^24
+        on a GPU.
+        """
         numbers, most = (2**18, 4096) if len(shape) == 3 else (2**19, 8192)
+        if device is not None and device.type != "cpu":
+            numbers, most = 2**24, 2**16
         return self.batch or min(max(1 << (numbers // math.prod(shape)).bit_length() >> 1, 32), most)
 
     def procedure(self, shape: Shape) -> Procedure:
@@ -199,9 +204,11 @@ class Smoothing(RobustnessMethod):
         device = device or torch.device("cpu")
         procedure = procedure or self.procedure(shape)
         procedure.start(classes)
-        batch = self.rows(shape)
+        batch = self.rows(shape, device)
         slots = 3 * (batch // min(procedure.schedule.n0, procedure.schedule.sizes[0]) + 2)
         noise = self.copies
+        if device.type != "cpu":
+            forward = _in_ieee(forward)
         if self.shared and isinstance(forward, FirstOnce) and isinstance(noise, Grid):
             shared = SharedCopies(noise, forward, slots, batch)
             engine = Engine(shared.forward, classes, procedure, shared, batch, slots, self.vote_margin, device, shared=True, turn=BLOCK)
@@ -218,18 +225,18 @@ class Smoothing(RobustnessMethod):
         """
         device = device_of(net)
         if self.lipschitz is None:
-            run, classes, done = prepared(net, seen(self.noise, shape), self.rows(shape), self.engine, device, self.dtype)
+            run, classes, done = prepared(net, seen(self.noise, shape), self.rows(shape, device), self.engine, device, self.dtype)
             noise, here = self.copies, self.engine == "torch" and device.type == "cpu"
             if self.shared and here and isinstance(noise, Grid) and isinstance(run, nn.Module):
                 found = once(run, shape, noise, self.rows(shape))
                 if found is not None:
                     return found, classes, (*done, "first layer exact, its products with the noise shared")
             return run, classes, done
+        if self.engine != "torch" or device.type != "cpu":
+            raise CertifyError(f"with a Lipschitz constant the network is evaluated in float64 by torch on the CPU, got {self.engine} on {device.type}")
         graph = Graph.of(net, shape)
         if self.lipschitz.evidence.get("network") != graph.digest:
             raise StaleBound(str(self.lipschitz.evidence.get("network")), graph.digest)
-        if self.engine != "torch" or device.type != "cpu":
-            raise CertifyError(f"with a Lipschitz constant the network is evaluated in float64 by torch on the CPU, got {self.engine} on {device.type}")
         double, levels = graph.double, self.levels or 1
 
         def forward(x: Tensor) -> Tensor:
@@ -300,6 +307,16 @@ def _law(noise: Noise) -> tuple[str, float] | None:
         case Gaussian(sigma) | GaussianLinf(sigma):
             return "gaussian", sigma
     return None
+
+
+def _in_ieee(forward: Forward) -> Forward:
+    """In float32 as it is written, whatever the process is set to."""
+
+    def run(x: Tensor) -> Tensor:
+        with ieee():
+            return forward(x)
+
+    return run
 
 
 def _last(shape: Shape) -> Shape:

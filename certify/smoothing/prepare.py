@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lipnet
+from certify.device import ieee
 from certify.errors import CertifyError
 from certify.registry import Shape
 from certify.smoothing.engine import Forward
@@ -27,6 +28,7 @@ _SUMS, _RELUS = (operator.add, torch.add), (nn.functional.relu, torch.relu)
 _FRESH = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # their output is in memory of its own
 
 
+@ieee()
 def prepared(
     net: nn.Module, shape: Shape, batch: int, engine: str = "torch", device: torch.device | None = None, dtype: str = "float32"
 ) -> tuple[Forward, int, tuple[str, ...]]:
@@ -35,6 +37,7 @@ def prepared(
     Each step is kept only if outputs stay those of the network on random batches; `dtype="bfloat16"`, which changes them, is asked for. Raises CertifyError
     like `tried`, and for an engine or a dtype that cannot run the network.
     """
+    device = device or torch.device("cpu")
     own, batches, expected = tried(net, shape, batch, device)
     classes = expected[0].shape[1]
     found: nn.Module = own
@@ -52,9 +55,11 @@ def prepared(
             found, done = changed, [*done, name]
     if engine == "torch" and dtype == "bfloat16":
         found = _narrow(found, shape, batches, expected)
-        return found, classes, (*done, "weights and all that is computed in bfloat16", "run by torch")
+        done = [*done, "weights and all that is computed in bfloat16"]
     if engine == "torch":
-        return found, classes, (*done, "run by torch")
+        return found, classes, (*done, "run by torch" if device.type == "cpu" else f"run by torch on {torch.cuda.get_device_name(device)}")
+    if device.type != "cpu":
+        raise CertifyError(f"{engine} runs a network on the CPU here, and this one is on {device.type}; use the engine torch")
     run = compiled(found, shape, batch, engine)
     if not _same(run, batches, expected):
         raise CertifyError(f"{engine} gives other outputs than the network itself; use the engine torch")
@@ -62,6 +67,7 @@ def prepared(
     return run, classes, (*done, f"run by {engine}")
 
 
+@ieee()
 def tried(net: nn.Module, shape: Shape, batch: int, device: torch.device | None = None) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
     """A copy of the network, random batches, and its logits there.
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from certify.bound import Array, assumed
@@ -34,7 +35,9 @@ _NUMBERS = {
 _TOLERANCE = 1e-9  # relative; another machine rounds the last digits otherwise
 
 
-def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pending: Sequence[int]) -> Iterator[dict[str, Any]]:
+def rows(
+    method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pending: Sequence[int], device: torch.device | None = None
+) -> Iterator[dict[str, Any]]:
     """A row for each input as it is decided, with all counts in it. The number of an input in the data set keys its noise."""
     distances: dict[int, float] = {}
 
@@ -46,7 +49,7 @@ def rows(method: Smoothing, forward: Forward, classes: int, dataset: Dataset, pe
             yield index, placed[0], distances[index]
 
     start = time.perf_counter()
-    for done in method.run(_told(forward), classes, dataset.inputs.shape[1:], inputs()):
+    for done in method.run(_told(forward), classes, dataset.inputs.shape[1:], inputs(), device):
         now = time.perf_counter()
         counts = {"selection": done.selection.to_json(), "looks": [tally.to_json() for tally in done.looks], **done.outcome.to_json()}
         distance = distances.pop(done.index)
