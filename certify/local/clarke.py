@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -80,7 +81,8 @@ class Jacobian(Bounded):
         forms = [weights @ layer.inputs.T for layer in self.gates]
         total = (weights * condensed.inputs).sum(1)
         if forms:
-            total = _upper_bounds(self.gates, torch.cat(forms, dim=1)[:, None], total[:, None])[:, 0]
+            joined = torch.cat(forms, dim=1)[:, None]
+            total = _upper_bounds(self.gates, joined, total[:, None], joined.new_empty(2, joined.numel()))[:, 0]
         return total + self.rounding(weights)
 
     def rounding(self, weights: Tensor) -> Tensor:  # (rows, inputs) -> (rows,)
@@ -138,22 +140,32 @@ def bounds(
     first, *others = layers
     mean, half, a, b = first.bends
     ends = constant.new_empty(rows, 2, forms)
-    chunk = max(1, _CHUNK // max(1, 2 * rows * sum(part.shape[-1] for part in start)))
+    width = 2 * rows * sum(part.shape[-1] for part in start)  # of a form
+    chunk = min(max(1, _CHUNK // max(1, width)), forms)
+    space = constant.new_empty(3, chunk * width)
     for number in range(0, forms, chunk):
         part = slice(number, number + chunk)
         c, rest = torch.cat([form[part] for form in start], dim=1).tensor_split([len(first.later)], dim=1)
         size_of_c = c.abs()
         total = _signs(torch.addmm(constant[:, part], a, c.T), torch.addmm(size[:, part], b, size_of_c.T, beta=first.room))
         if others:
-            bent = ((size_of_c * half[:, None]).flatten(0, 1) @ first.later).view(rows, len(c), -1)
-            total = _upper_bounds(others, _signs(rest + (c * mean[:, None]) @ first.later, bent), total)
+            weight = torch.mul(size_of_c, half[:, None], out=_in(space[0], (rows, *c.shape)))
+            bent = torch.mm(weight.flatten(0, 1), first.later, out=_in(space[1], (rows * len(c), first.later.shape[1]))).view(rows, len(c), -1)
+            both = _signs(rest + (c * mean[:, None]) @ first.later, bent, space[2])
+            total = _upper_bounds(others, both, total, space[:2])
         ends[..., part] = total.view(rows, 2, -1)
     return -ends[:, 1], ends[:, 0]
 
 
-def _signs(straight: Tensor, bent: Tensor) -> Tensor:  # (rows or 1, forms, ...), (rows, forms, ...) -> (rows, 2 forms, ...)
+def _in(space: Tensor, shape: Sequence[int]) -> Tensor:
+    """A part of memory that is used again: new memory is mapped page by page, which takes longer than what is computed in it."""
+    return space[: math.prod(shape)].view(shape)
+
+
+def _signs(straight: Tensor, bent: Tensor, space: Tensor | None = None) -> Tensor:  # (rows or 1, forms, ...), (rows, forms, ...) -> (rows, 2 forms, ...)
     """`bent + straight`, and then `bent - straight`."""
-    both = bent.new_empty(len(bent), 2, *bent.shape[1:])
+    shape = (len(bent), 2, *bent.shape[1:])
+    both = bent.new_empty(shape) if space is None else _in(space, shape)
     torch.add(bent, straight, out=both[:, 0])
     torch.sub(bent, straight, out=both[:, 1])
     return both.flatten(1, 2)
@@ -163,6 +175,7 @@ def _upper_bounds(
     layers: Sequence[_Gates],
     forms: Tensor,  # (rows, forms, gates)
     total: Tensor,  # (rows, forms)
+    space: Tensor,  # (2, as many numbers as forms has)
 ) -> Tensor:  # (rows, forms)
     """At least `total + forms p`, but for rounding: each p is replaced by its line above or below, by the sign of its coefficient. `forms` is used up.
 
@@ -170,9 +183,10 @@ def _upper_bounds(
     """
     for layer in layers:
         c, forms = forms.split([layer.peak.shape[1], forms.shape[-1] - layer.peak.shape[1]], dim=-1)
-        size_of_c = c.abs()
+        size_of_c = torch.abs(c, out=_in(space[0], c.shape))
         mean, half, a, b = layer.bends
         total = total + (c @ a[..., None])[..., 0] + (size_of_c @ b[..., None])[..., 0]
         if forms.shape[-1]:
-            forms.view(-1, forms.shape[-1]).addmm_(torch.addcmul(c * mean[:, None], size_of_c, half[:, None]).flatten(0, 1), layer.later)
+            weight = torch.mul(c, mean[:, None], out=_in(space[1], c.shape)).addcmul_(size_of_c, half[:, None])
+            forms.view(-1, forms.shape[-1]).addmm_(weight.flatten(0, 1), layer.later)
     return total
