@@ -1,5 +1,6 @@
 """`certify run --noise ...` end to end for every noise: run, resume, report and check; what a radius is of is told in words; no option is passed over."""
 
+import itertools
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import certify.results
 from certify.cli import main
 from certify.cli.noises import _LAWS, _NEEDS
+from certify.smoothing.noises import ContrastBrightness, TwoSteps
 
 NETS = """
 import torch
@@ -106,6 +108,27 @@ def changed(out, tmp_path, old, new, also=()):
 def test_another_noise_in_the_manifest_is_a_contradiction(nets, tmp_path, capsys, old, new):
     assert run(nets, tmp_path / "a", "brightness", FLAT, "--sigma", "0.2") == 0
     assert changed(tmp_path / "a", tmp_path, old, new) == 4
+
+
+def test_radii_of_two_steps_hold_and_larger_ones_do_not(nets, tmp_path, capsys, monkeypatch):
+    """Folders of before have them: the same counts, and smaller radii."""
+    options = (nets, tmp_path / "a", "contrast-brightness", FLAT, "--sigma", "0.3", "--tau", "0.4")
+    with monkeypatch.context() as before:
+        before.setattr(ContrastBrightness, "radius", lambda self, *scores: TwoSteps(self).radius(*scores))
+        assert run(*options) == 0
+    rows = [path for path in (tmp_path / "a").glob("*.jsonl") if '"radius"' in path.read_text()]
+    old = [json.loads(line)["radius"] for line in rows[0].read_text().splitlines()]
+    assert main(["check", str(tmp_path / "a"), "--model", nets]) == 0
+    assert run(nets, tmp_path / "b", *options[2:]) == 0
+    new = [json.loads(line)["radius"] for line in (tmp_path / "b" / "results.jsonl").read_text().splitlines()]
+    assert all(b > 1.2 * a > 0 for a, b in zip(old, new, strict=True))
+    assert main(["check", str(tmp_path / "b"), "--model", nets]) == 0
+    for radius, claimed in itertools.product([old[0]], [old[0] * 1.01, new[0] * 1.01]):
+        for path in rows:
+            path.write_text(path.read_text().replace(repr(radius), repr(claimed)))
+        assert main(["check", str(tmp_path / "a"), "--model", nets]) == 4
+        for path in rows:
+            path.write_text(path.read_text().replace(repr(claimed), repr(radius)))
 
 
 def test_a_radius_of_a_transform_cannot_pass_for_one_of_l2(nets, tmp_path, capsys):

@@ -22,6 +22,7 @@ from scipy import special
 from certify.bound import Array, Estimate
 from certify.errors import CertifyError
 from certify.smoothing import radius
+from certify.smoothing.contrast import Boxes, largest_box
 from certify.smoothing.radius import SLACK, check_sigma, largest, normal_quantile, probabilities
 
 
@@ -358,12 +359,10 @@ class Gamma(Noise):
 
 @dataclasses.dataclass(frozen=True)
 class ContrastBrightness(Noise):
-    """e^k (x + b), k and b normal with standard deviations `sigma` and `tau`: the two-step certificate of TSS (Li et al. 2021, corollary 2).
+    """e^k (x + b), k and b normal with standard deviations `sigma` and `tau`: exactly what Neyman & Pearson's lemma allows (`certify.smoothing.contrast`).
 
-    An attack by contrast e^k turns the noise into N(k, sigma^2) and N(b, (e^-k tau)^2). First the change of variance, then the shift:
-    p' = 2 Phi(e^k Phi^-1((1 + p) / 2)) - 1 for k <= 0, 2 - 2 Phi(e^k Phi^-1(1 - p / 2)) for k > 0, and then |b| < tau e^-k sqrt(Phi^-1(p')^2 - (k / sigma)^2)
-    while p' > 1/2; p_upper is not used, as p_B <= 1 - p_A. `brightness` is the |b| for a box of contrasts; `radius` the largest r such that |k| <= r and
-    |b| <= r are allowed together.
+    `brightness` is the |b| for a box of contrasts; `radius` the largest r such that |k| <= r and |b| <= r are allowed together. Neither is below that of
+    `TwoSteps`; both are less than exact for sigma far above 1, whose integrals would take too long. No clipping between attack and noise.
     """
 
     sigma: float
@@ -373,6 +372,45 @@ class ContrastBrightness(Noise):
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
         check_sigma(self.tau, "tau")
+
+    def brightness(self, contrast: ArrayLike, p_lower: ArrayLike, p_upper: ArrayLike | None = None) -> Array:
+        """The |b| that is allowed with every |k| <= contrast, rounded down; 0 where none is."""
+        k = np.asarray(contrast, dtype=np.float64)
+        known = TwoSteps(self).brightness(k, p_lower)
+        found = np.vectorize(lambda c, *q: largest_box(_distinct(q), Boxes(self.sigma, self.tau, c)), otypes=[np.float64])(k, *_against(p_lower, p_upper))
+        return np.maximum(np.where(k > 0, found, radius.gaussian(p_lower, self.tau, p_upper)), known)
+
+    def radius(self, p_lower: ArrayLike, p_upper: ArrayLike | None = None) -> Array:
+        two, boxes = TwoSteps(self), Boxes(self.sigma, self.tau)
+        found = np.asarray(np.vectorize(lambda *q: largest_box(_distinct(q), boxes), otypes=[np.float64])(*_against(p_lower, p_upper)))
+        return found if not (two.brightness(found, p_lower) > found).any() else np.maximum(found, two.radius(p_lower))
+
+
+def _against(p_lower: ArrayLike, p_upper: ArrayLike | None) -> tuple[Array, Array]:
+    """Bounds on the smoothed scores of all but the top class together, and of each of them."""
+    low, high = probabilities(p_lower, p_upper)
+    rest = np.minimum(np.nextafter(1 - low, 2), 1.0)
+    return rest, rest if p_upper is None else high
+
+
+def _distinct(chances: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(float, dict.fromkeys(chances)))
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class TwoSteps(Noise):
+    """ContrastBrightness by the two steps of TSS (Li et al. 2021, corollary 2): less than what is allowed, and what folders of before have.
+
+    An attack by contrast e^k turns the noise into N(k, sigma^2) and N(b, (e^-k tau)^2). First the change of variance, then the shift:
+    p' = 2 Phi(e^k Phi^-1((1 + p) / 2)) - 1 for k <= 0, 2 - 2 Phi(e^k Phi^-1(1 - p / 2)) for k > 0, and then |b| < tau e^-k sqrt(Phi^-1(p')^2 - (k / sigma)^2)
+    while p' > 1/2; p_upper is not used, as p_B <= 1 - p_A.
+    """
+
+    noise: ContrastBrightness
+    measure: ClassVar[str] = ContrastBrightness.measure
+
+    def __repr__(self) -> str:
+        return repr(self.noise)  # the same classifier
 
     def brightness(self, contrast: ArrayLike, p_lower: ArrayLike) -> Array:
         """The |b| that is allowed with every |k| <= contrast: the lesser of both ends, with e^-k >= 1 left out at the lower one. 0 where none is."""
@@ -387,12 +425,12 @@ class ContrastBrightness(Noise):
     def _shift(self, p: Array, k: Array) -> Array:
         """`tau sqrt(Phi^-1(p)^2 - (k / sigma)^2)`, rounded down."""
         z = np.maximum(normal_quantile(np.clip(p, 0.25, np.nextafter(1, 0))), 0.0)
-        return self.tau * np.sqrt(np.maximum(z**2 - (k / self.sigma) ** 2 - SLACK, 0.0)) * (1 - 1e-14)
+        return self.noise.tau * np.sqrt(np.maximum(z**2 - (k / self.noise.sigma) ** 2 - SLACK, 0.0)) * (1 - 1e-14)
 
     def radius(self, p_lower: ArrayLike, p_upper: ArrayLike | None = None) -> Array:
         p = np.asarray(p_lower, dtype=np.float64)
         probabilities(p_lower, p_upper)
-        limit = min(9 * self.sigma, 50.0)  # |k| / sigma < Phi^-1(p') < 9
+        limit = min(9 * self.noise.sigma, 50.0)  # |k| / sigma < Phi^-1(p') < 9
         return largest(lambda r: self.brightness(r, p) > r, np.full(p.shape, limit))
 
 

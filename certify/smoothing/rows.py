@@ -21,6 +21,7 @@ from certify.smoothing.bounds import Tally
 from certify.smoothing.engine import Forward
 from certify.smoothing.method import Smoothing, certified_radius
 from certify.smoothing.noise.counts import UNIT
+from certify.smoothing.noises import ContrastBrightness, TwoSteps
 from certify.smoothing.schedule import Procedure, Status
 from certify.smoothing.shared import FirstOnce
 from certify.smoothing.values import parse
@@ -111,7 +112,18 @@ def facts(method: Smoothing, procedure: Procedure, prepared: Sequence[str], clas
 
 
 def contradictions(row: Mapping[str, Any], procedure: Procedure, classes: Any, distance: float) -> list[str]:
-    """What a row claims and its counts do not give; `distance` is that of its input from the grid."""
+    """What a row claims and its counts do not give; `distance` is that of its input from the grid.
+
+    Rows of contrast and brightness may have the radius of `TwoSteps`, which is true as well.
+    """
+    wrong, classifier = _contradictions(row, procedure, classes, distance), procedure.classifier
+    if wrong and isinstance(classifier.noise, ContrastBrightness):
+        before = dataclasses.replace(procedure, classifier=dataclasses.replace(classifier, noise=TwoSteps(classifier.noise)))
+        return wrong if _contradictions(row, before, classes, distance) else []
+    return wrong
+
+
+def _contradictions(row: Mapping[str, Any], procedure: Procedure, classes: Any, distance: float) -> list[str]:
     where = f"input {row.get('index')}"
     try:
         outcome = procedure.around(distance).check_row({**row["counts"], "classifier": procedure.classifier.digest})
