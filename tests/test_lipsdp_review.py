@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -110,6 +111,9 @@ NETS = {
     "conv2d": (lambda: nn.Sequential(nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), (1, 2), 2), nn.LeakyReLU(-0.3)), (4, 6, 7)),
     "same": (lambda: nn.Sequential(nn.Conv2d(2, 3, (1, 3), padding="same", dilation=2), nn.BatchNorm2d(3), nn.SiLU()), (2, 5, 6)),
     "circular": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="circular"), nn.GELU()), (2, 5, 6)),
+    "wraps": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=(1, 2), padding_mode="circular"), nn.GELU()), (2, 2, 4)),
+    "reflect": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3, (1, 2), padding=1, groups=2, padding_mode="reflect"), nn.ReLU()), (2, 3, 5)),
+    "replicate": (lambda: nn.Sequential(nn.Conv1d(2, 3, 4, padding=2, padding_mode="replicate"), nn.ReLU()), (2, 5)),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(4, 2, 3, 2, 1, 1, 2, dilation=2), lipnet.MaxMin("halves")), (4, 3, 4)),
     "average": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), nn.AdaptiveAvgPool2d((5, 2))), (2, 6, 7)),
     "divisor": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, divisor_override=2), nn.Hardtanh(-0.2, 0.7)), (2, 6, 7)),
@@ -133,6 +137,28 @@ def test_a_wiring_computes_what_the_network_computes(name, radius):
             module.running_mean.normal_()
             module.running_var.uniform_(0.01, 3)
     assert_same(net, shape, lambda v: np.maximum(v, 0), radius)  # the half line
+
+
+@pytest.mark.parametrize("mode", ["circular", "replicate"])
+@pytest.mark.parametrize("taps", list(itertools.permutations((1e20, 1.0, -1e20))), ids=str)
+def test_taps_that_meet_one_pixel_are_summed_with_their_rounding(mode, taps):
+    """On an image of one pixel the network is relu(x), and float64 makes 0 of the three taps in most orders: 1e-140 was proved."""
+    net = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1, padding_mode=mode, bias=False), nn.Flatten(), nn.ReLU()).double().eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor(taps).double().reshape(1, 1, 3))
+    assert certify.lipschitz(net, LipSDP(), input_shape=(1, 1)).value >= 1
+
+
+@torch.no_grad()
+def test_a_border_that_shows_pixels_again_keeps_the_bound_tight():
+    """The dense twin of a convolution with a reflected border: the same matrix, so the same constant but for the rounding of the sums."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv1d(2, 3, 3, padding=2, padding_mode="reflect"), nn.ReLU(), nn.Flatten(), nn.Linear(21, 2)).double().eval()
+    whole = nn.Linear(10, 21, bias=False).double()
+    whole.weight.copy_((net[0](torch.eye(10).double().reshape(10, 2, 5)) - net[0].bias[:, None]).flatten(1).T)
+    twin = nn.Sequential(whole, nn.ReLU(), net[3]).eval()
+    found, expected = (certify.lipschitz(n, LipSDP(), input_shape=shape).value for n, shape in ((net, (2, 5)), (twin, (10,))))
+    assert found == pytest.approx(expected, rel=1e-6)
 
 
 class InPlace(nn.Module):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn import functional
 
 import lipnet
 import sdp
@@ -20,12 +21,13 @@ from certify.convolution import two
 from certify.functions import BatchNorm
 from certify.lure.lowering import Lowering, Wire, lowers, refuse
 from certify.registry import Shape
+from certify.rules.torch_conv import padding_of
 from certify.spectral import as_float64
 from lipnet.functional import comparators
 from lipnet.layers.residual import ResidualBlock
 from lipnet.layers.sll import PotentialLayer
 from sdp.activation import RELU
-from sdp.proof import UNIT
+from sdp.proof import UNIT, gamma
 
 # Linear maps
 
@@ -45,17 +47,30 @@ def _(self: Lowering, layer: Any, x: Wire) -> Wire:
 
 @lowers(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 def _(self: Lowering, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, x: Wire) -> Wire:
-    """The matrix, from the answers to unit vectors: each is an entry of the kernel, or 0, in any order of summation."""
+    """The matrix, from the answers to unit vectors: each is an entry of the kernel, or 0; a sum of such where a border shows a pixel to several taps."""
     with torch.no_grad():
         unbiased = _without_bias(layer)
         made = unbiased(torch.zeros(1, *x.shape, dtype=torch.float64)).shape[1:]
         self.check_memory(math.prod(x.shape) * math.prod(made))
-        matrix = answers(unbiased, x.shape)
-    kernel = np.concatenate([as_float64(layer.weight).ravel(), np.zeros(1)])
-    if not np.isin(matrix, kernel).all():
-        raise refuse(layer, "meets a pixel with several of its taps (reflect or replicate padding, or circular on a small image); pad by a module before it")
+        matrix, error = answers(unbiased, x.shape), None
+        if _sums_taps(layer, x.shape[1:]):
+            unbiased.weight = nn.Parameter(unbiased.weight.abs())  # type: ignore[operator]
+            error = gamma(math.prod(layer.weight.shape[2:]) + 4) * answers(unbiased, x.shape)
     bias = None if layer.bias is None else np.repeat(as_float64(layer.bias), math.prod(made[1:]))
-    return self.linear(matrix, x, tuple(made), bias)
+    return self.linear(matrix, x, tuple(made), bias, error)
+
+
+def _sums_taps(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d, size: Sequence[int]) -> bool:
+    """Whether a border that shows pixels may show one to several taps of an output: along some axis, as pixels and taps are products of those."""
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d) or layer.padding_mode == "zeros":
+        return False
+    pads, taps = padding_of(layer), layer.weight.shape[2:]
+    for n, before, after, count, stride, step in zip(size, pads[::2], pads[1::2], taps, layer.stride, layer.dilation, strict=True):
+        shown = functional.pad(torch.arange(n, dtype=torch.float64)[None, None], (before, after), mode=layer.padding_mode).ravel()
+        windows = shown.unfold(0, step * (count - 1) + 1, stride)[:, ::step]
+        if any(len(window.unique()) < count for window in windows):
+            return True
+    return False
 
 
 def _without_bias(layer: nn.Module) -> nn.Module:
