@@ -2,7 +2,8 @@
 
 Any number of processes write one folder without talking to each other: input i belongs to shard `i % shards`, each process appends whole lines to a
 file of its own, the manifest is created by whoever is first. A line without a newline is what a killed process left; it is passed over, and the input is
-done again. Settings that would change a number are the folder's identity: a run with others is refused.
+done again. Settings that would change a number are the folder's identity: a run with others is refused, unless there are no rows yet and nobody is at work;
+then there is nothing to lose, and the folder becomes that run's.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import math
 import os
 import pathlib
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, Any, TextIO
 
 from certify.errors import CertifyError
+
+try:
+    import fcntl
+except ImportError:  # there are no such locks on Windows, and no folder is taken over there
+    fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
 IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed", "smoothing")  # what must not change within a folder
 _CLOSE = 1e-9  # relative
+_TRIES, _WAIT = 40, 0.05  # for a lock that is held for some milliseconds; seconds
 _TIMES = ("seconds",)  # what a row may differ in when it is made again
 
 Row = Mapping[str, Any]
@@ -39,7 +47,7 @@ class Folder:
         self.path, self.shard = path, shard
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        self.manifest = _claim(path, manifest)
+        self.manifest, self._held = _claim(path, manifest)
         self.done = {row["index"] for row in read_rows(path)}
         self._file: TextIO | None = None
 
@@ -73,6 +81,7 @@ class Folder:
         if self._file is not None:
             with suppress(OSError):  # every row was flushed; what could not be was said then
                 self._file.close()
+        self._held.close()
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -87,9 +96,9 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
             raise CertifyError(f"{path}: this is not a results folder, it has some in it ({', '.join(inside)}); name one, such as {path / inside[0]}") from None
         raise CertifyError(f"{path}: this is not a results folder, it has no manifest.json; make one with certify run MODEL DATA -o {path}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CertifyError(f"{file}: cannot be read ({error}); make the folder again with certify run") from error
+        raise CertifyError(f"{file}: cannot be read ({error}); choose another folder, or delete this one and make it again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise CertifyError(f"{file}: this version reads results of schema {SCHEMA} only; make the folder again with certify run")
+        raise CertifyError(f"{file}: this version reads results of schema {SCHEMA} only; choose another folder, or make this one again with certify run")
     return manifest
 
 
@@ -156,25 +165,89 @@ def _timeless(row: Row) -> str:
     return json.dumps({key: value for key, value in row.items() if key not in _TIMES})
 
 
-def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
-    """Write the manifest if there is none; otherwise check that it is of the same run. Returns the one in force."""
+def _claim(path: pathlib.Path, manifest: Manifest) -> tuple[dict[str, Any], ExitStack]:
+    """The manifest in force, and its file, with a lock that says that a run of these settings is at work. Raises OtherRun for a folder of other settings."""
+    file, difference = path / "manifest.json", None
+    for _ in range(_TRIES):
+        _create(file, manifest)
+        with ExitStack() as held, suppress(FileNotFoundError):  # somebody deleted it
+            open_file, found = held.enter_context(file.open("rb")), read_manifest(path)
+            difference = _difference_of(found, manifest)
+            if difference is None and _lock(open_file, exclusive=False) and _is_at(file, open_file):
+                return found, held.pop_all()
+            open_file.close()
+            if difference is not None and not ("argv" in found and _taken_over(path, manifest)):
+                raise OtherRun(f"{path}: the folder was started with {difference}; choose another -o, or repeat the command that made it")
+        time.sleep(_WAIT)
+    started = f"was started with {difference}, and" if difference else "is about to be that of other settings:"
+    raise OtherRun(f"{path}: the folder {started} another process is at work in it; wait for its end, or choose another -o")
+
+
+def _create(file: pathlib.Path, manifest: Manifest, replace: bool = False) -> None:
+    """Write the manifest whole or not at all; one that is there already stays, unless it is to be replaced."""
+    if file.exists() and not replace:
+        return
+    temporary = file.with_name(f".manifest.{uuid.uuid4().hex}")
+    with writing(file):
+        try:
+            temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+            if replace:
+                os.replace(temporary, file)
+            else:
+                os.link(temporary, file)
+        except FileExistsError:
+            pass  # another process was first
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _taken_over(path: pathlib.Path, manifest: Manifest) -> bool:
+    """Put the manifest in the place of another run's that has no rows; False where it has, or may not. Leaves it while another process does that or is at work.
+
+    Who writes rows holds a shared lock on the manifest that they are of, from before the first of them; this needs the only one.
+    """
     file = path / "manifest.json"
-    if not file.exists():
-        temporary = path / f".manifest.{uuid.uuid4().hex}"
-        with writing(file):
-            try:
-                temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
-                os.link(temporary, file)  # creates it whole or not at all
-            except FileExistsError:
-                pass  # another process was first
-            finally:
-                temporary.unlink(missing_ok=True)
-    found = read_manifest(path)
+    if not _without_rows(path):
+        return False
+    try:
+        with file.open("r+b") as held:
+            if _lock(held, exclusive=True) and _is_at(file, held):
+                if not _without_rows(path):
+                    return False
+                _create(file, manifest, replace=True)
+    except PermissionError:
+        return False
+    return True
+
+
+def _without_rows(path: pathlib.Path) -> bool:
+    """Whether there is nothing of a run but its manifest, and perhaps a line that a killed process left."""
+    return not (path / "results.jsonl").exists() and not any(True for file in path.glob("part-*.jsonl") for _ in _lines(file))
+
+
+def _lock(file: IO[bytes], exclusive: bool) -> bool:
+    """Whether the file is locked now, until it is closed or its process ends. Where there are no locks nobody can have one alone, and all others go without."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):
+        return not exclusive
+    return True
+
+
+def _is_at(path: pathlib.Path, file: IO[bytes]) -> bool:
+    """Whether what is open is still what the path names."""
+    return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+
+
+def _difference_of(found: Manifest, manifest: Manifest) -> str | None:
+    """What makes two manifests those of two runs, in words; None: nothing."""
     for key in IDENTITY:
         if not _alike(found.get(key), json.loads(json.dumps(manifest.get(key)))):
             was, now = _difference(found.get(key), manifest.get(key))
-            raise OtherRun(f"{path}: the folder was started with {key} {was}, now it is {now}; choose another -o, or repeat the command that made it")
-    return found
+            return f"{key} {was}, now it is {now}"
+    return None
 
 
 def _alike(was: Any, now: Any) -> bool:

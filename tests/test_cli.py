@@ -17,6 +17,7 @@ from torch import nn
 import lipnet
 from certify import data
 from certify.cli import main
+from certify.errors import CertifyError
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,106 @@ def test_settings_cannot_change_within_a_folder(model, tmp_path, capsys):
     assert "started with selection" in capsys.readouterr().err
     assert main(["run", model, "digits:train", "-o", out, "--limit", "5"]) == 2
     assert "started with data" in capsys.readouterr().err
+
+
+def test_a_folder_without_rows_is_taken_over_by_the_corrected_command(model, tmp_path, monkeypatch, capsys):
+    """A run that fails before its first row leaves nothing that is worth protecting."""
+    import certify.cli.run
+
+    out = tmp_path / "a"
+
+    def fails(*_):
+        raise CertifyError("it does not fit")
+
+    monkeypatch.setattr(certify.cli.run, "margin_rows", fails)
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "50"]) == 2
+    monkeypatch.undo()
+    (out / "part-0-of-1-killed.jsonl").write_text('{"index": 0, "label": 4')  # torn
+    assert main(["run", model, "digits:train", "-o", str(out), "--limit", "5"]) == 0
+    assert json.loads((out / "manifest.json").read_text())["data"]["spec"] == "digits:train"
+    assert len(rows(out)) == 5
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    capsys.readouterr()
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "5"]) == 2  # now it has rows
+    assert "started with data" in capsys.readouterr().err
+    for part in out.glob("part-*"):
+        part.unlink()
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "5"]) == 2  # results.jsonl has them still
+
+
+def test_a_manifest_of_another_program_is_left_alone(model, tmp_path, capsys):
+    for text in ('{"name": "an app", "icons": []}', '{"schema": 1, "name": "an app"}', "", "[]"):
+        (tmp_path / "manifest.json").write_text(text)
+        assert main(["run", model, "digits", "-o", str(tmp_path), "--limit", "5"]) == 2
+        assert (tmp_path / "manifest.json").read_text() == text
+
+
+def settings(seed):
+    """A manifest with what makes it that of one run."""
+    return {"schema": 1, "argv": ["certify"], "model": {"sha256": "m"}, "data": {"sha256": "d"}, "method": "M()", "selection": [0, 1], "seed": seed}
+
+
+def test_a_folder_at_work_is_not_taken_over(tmp_path, monkeypatch):
+    """Its first row may come at any time. When its process has ended, it may be taken over, and rows that it began with are not mixed with others."""
+    from certify.results import Folder, OtherRun
+
+    monkeypatch.setattr("certify.results._TRIES", 3)
+    with Folder(tmp_path, settings(0)) as first:
+        with pytest.raises(OtherRun, match=r"started with seed 0, now it is 1, and another process is at work in it; wait"):
+            Folder(tmp_path, settings(1))
+        with Folder(tmp_path, settings(0), (1, 2)) as other:  # a shard of the same run
+            other.add([{"index": 1}])
+        first.add([{"index": 0}])
+        assert first.finish()
+    with pytest.raises(OtherRun, match="repeat the command that made it"):
+        Folder(tmp_path, settings(1))
+
+
+def test_where_there_are_no_locks_no_folder_is_taken_over(tmp_path, monkeypatch):
+    from certify.results import Folder, OtherRun
+
+    monkeypatch.setattr("certify.results._TRIES", 3)
+    monkeypatch.setattr("certify.results.fcntl", None)
+    with Folder(tmp_path, settings(0)), Folder(tmp_path, settings(0), (1, 2)):
+        pass
+    with pytest.raises(OtherRun, match="started with seed 0"):
+        Folder(tmp_path, settings(1))
+
+
+RACE = """
+import json, pathlib, sys, time
+from certify.results import Folder, OtherRun
+path, seed, rank = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+while not (path / "go").exists():
+    pass
+try:
+    with Folder(path / "run", json.loads(sys.argv[4]) | {"seed": seed}, (rank, 2)) as folder:
+        for index in folder.pending():
+            folder.add([{"index": index, "seed": seed}])
+except OtherRun:
+    sys.exit(7)
+"""
+
+
+def test_ranks_of_two_commands_that_start_together_end_as_those_of_one(tmp_path):
+    """Both find a folder without rows of a third one. Whoever takes it over, no row of the other is in it, and all of its own are."""
+    from certify.results import Folder
+
+    for attempt in range(2):
+        path = tmp_path / str(attempt)
+        with Folder(path / "run", settings(-1)):
+            pass
+        command = [sys.executable, "-c", RACE, str(path)]
+        processes = {(seed, rank): subprocess.Popen([*command, str(seed), str(rank), json.dumps(settings(0))]) for seed in (0, 1) for rank in (0, 1)}
+        time.sleep(0.5)
+        (path / "go").touch()
+        codes = {key: process.wait(60) for key, process in processes.items()}
+        seed = json.loads((path / "run" / "manifest.json").read_text())["seed"]
+        assert seed in (0, 1)
+        assert codes == {(s, rank): 0 if s == seed else 7 for s, rank in codes}
+        found = [json.loads(line) for part in (path / "run").glob("part-*") for line in part.read_text().splitlines()]
+        assert sorted(row["index"] for row in found) == [0, 1]
+        assert {row["seed"] for row in found} == {seed}
 
 
 def tampered(folder, change):
