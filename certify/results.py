@@ -102,6 +102,23 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
+def identity(manifest: Manifest) -> dict[str, Any]:
+    """What must not change within a folder. Where files lie may: they are known by their sha256."""
+    kept = {key: manifest.get(key) for key in IDENTITY}
+    if isinstance(kept["data"], Mapping):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "spec"}
+    return {**kept, "model": model_identity(kept["model"])}
+
+
+def model_identity(model: Any) -> Any:
+    """What a manifest says of a model, without the paths by which it was named. Of code the name of the function stays, of which a file has several."""
+    if not isinstance(model, Mapping):
+        return model
+    spec = str(model.get("spec"))
+    code = {name: function for name, text in (("spec", spec), ("arch", str(model.get("arch")))) if (function := _function_in(text))}
+    return {key: value for key, value in model.items() if key != "spec"} | code
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Every whole row of a folder, one for each input, in the order of the inputs. Torn lines are passed over."""
     rows: dict[int, dict[str, Any]] = {}
@@ -243,11 +260,18 @@ def _is_at(path: pathlib.Path, file: IO[bytes]) -> bool:
 
 def _difference_of(found: Manifest, manifest: Manifest) -> str | None:
     """What makes two manifests those of two runs, in words; None: nothing."""
+    was, now = identity(found), identity(json.loads(json.dumps(manifest)))
     for key in IDENTITY:
-        if not _alike(found.get(key), json.loads(json.dumps(manifest.get(key)))):
-            was, now = _difference(found.get(key), manifest.get(key))
-            return f"{key} {was}, now it is {now}"
+        if not _alike(was[key], now[key]):
+            before, here = _difference(was[key], now[key])
+            return f"{key} {before}, now it is {here}"
     return None
+
+
+def _function_in(text: str) -> str | None:
+    """`make` of `./file.py:make`; nothing of a path."""
+    place, _, name = text.rpartition(":")
+    return name if place and name.isidentifier() else None
 
 
 def _alike(was: Any, now: Any) -> bool:

@@ -214,6 +214,35 @@ def test_ranks_of_two_commands_that_start_together_end_as_those_of_one(tmp_path)
         assert {row["seed"] for row in found} == {seed}
 
 
+def test_a_model_and_data_are_known_by_their_contents_and_not_by_their_paths(tmp_path, monkeypatch, capsys):
+    """The same files from another folder, or copied, go on with a run; another function of the same file is another model."""
+    torch.manual_seed(0)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    torch.save(net.state_dict(), "net.pth")
+    np.savez("d.npz", x=np.random.default_rng(0).random((6, 6), dtype=np.float32), y=np.zeros(6, dtype=np.int64))
+    layers = "nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))"
+    pathlib.Path("f.py").write_text(f"from torch import nn\ndef make(): return {layers}\ndef other(): return make()\n")
+    for shard, model, points, arch in (
+        ("0/3", "net.pth", "d.npz", "./f.py:make"),
+        ("1/3", "../here/net.pth", f"{tmp_path}/here/d.npz", f"{tmp_path}/here/f.py:make"),
+        ("2/3", f"{tmp_path}/copy.pth", "../d.npz", "../here/f.py:make"),
+    ):
+        (tmp_path / "copy.pth").write_bytes(pathlib.Path("net.pth").read_bytes())
+        (tmp_path / "d.npz").write_bytes(pathlib.Path("d.npz").read_bytes())
+        assert main(["run", model, points, "--arch", arch, "-o", str(tmp_path / "a"), "--shard", shard, "--quiet"]) == 0
+        assert main(["attack", model, points, "--arch", arch, "-o", str(tmp_path / shard[0]), "--steps", "3", "--quiet"]) == 0
+    assert len(rows(tmp_path / "a")) == 6
+    assert main(["check", str(tmp_path / "a"), "--arch", "f.py:make", "--against", str(tmp_path / "2")]) == 0
+    capsys.readouterr()
+    assert main(["run", "net.pth", "d.npz", "--arch", "./f.py:other", "-o", str(tmp_path / "a")]) == 2
+    assert "started with model {'arch': 'make'}, now it is {'arch': 'other'}" in capsys.readouterr().err
+    np.savez("d.npz", x=np.zeros((6, 6), dtype=np.float32), y=np.zeros(6, dtype=np.int64))
+    assert main(["run", "net.pth", "d.npz", "--arch", "./f.py:make", "-o", str(tmp_path / "a")]) == 2
+    assert "started with data {'sha256': '" in capsys.readouterr().err
+
+
 def tampered(folder, change):
     for part in folder.glob("part-*"):
         found = [json.loads(line) for line in part.read_text().splitlines()]
