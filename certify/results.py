@@ -3,11 +3,12 @@
 Any number of processes write one folder without talking to each other: input i belongs to shard `i % shards`, each process appends whole lines to a
 file of its own, the manifest is created by whoever is first. A line without a newline is what a killed process left; it is passed over, and the input is
 done again. Settings that would change a number are the folder's identity: a run with others is refused, unless there are no rows yet and nobody is at work;
-then there is nothing to lose, and the folder becomes that run's.
+then there is nothing to lose, and the folder becomes that run's. Every row names its run, so that rows of two runs that were put together are noticed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -48,7 +49,11 @@ class Folder:
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         self.manifest, self._held = _claim(path, manifest)
-        self.done = {row["index"] for row in read_rows(path)}
+        self.run, rows = run_of(self.manifest), read_rows(path)
+        if any(row.get("run", self.run) != self.run for row in rows):
+            self._held.close()
+            raise CertifyError(f"{path}: {foreign(path, self.manifest)[0]}")
+        self.done = {row["index"] for row in rows}
         self._file: TextIO | None = None
 
     def pending(self) -> list[int]:
@@ -62,7 +67,7 @@ class Folder:
             if self._file is None:
                 name = f"part-{self.shard[0]}-of-{self.shard[1]}-{uuid.uuid4().hex[:8]}.jsonl"
                 self._file = (self.path / name).open("a", encoding="utf-8")
-            self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            self._file.write("".join(json.dumps({**row, "run": self.run}, allow_nan=False) + "\n" for row in rows))
             self._file.flush()
         self.done.update(row["index"] for row in rows)
 
@@ -117,6 +122,25 @@ def model_identity(model: Any) -> Any:
     spec = str(model.get("spec"))
     code = {name: function for name, text in (("spec", spec), ("arch", str(model.get("arch")))) if (function := _function_in(text))}
     return {key: value for key, value in model.items() if key != "spec"} | code
+
+
+def run_of(manifest: Manifest) -> str:
+    """What a row has as `run`: a digest of all that its numbers follow from, which is the identity of its folder but for the other inputs."""
+    kept = {key: value for key, value in identity(manifest).items() if key != "selection"}
+    return hashlib.sha256(json.dumps(_rounded(kept), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def foreign(path: pathlib.Path, manifest: Manifest) -> list[str]:
+    """The rows of a folder that are of another run than its manifest, one sentence for each file. (Those of earlier versions do not say of which they are.)"""
+    run, found = run_of(manifest), []
+    for file in sorted(path.glob("part-*.jsonl")):
+        others = [(number, row) for number, row in _lines(file) if row is not None and row.get("run", run) != run]
+        if others:
+            number, row = others[0]
+            more = f" ({len(others) - 1} more in this file)" if others[1:] else ""
+            which = f"is a row of the run {_short(row['run'])}, and the manifest is of {run}"
+            found.append(f"input {row['index']}: {file.name}, line {number}, {which}{more}; a folder has the rows of one run, take the others out")
+    return found
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -279,6 +303,13 @@ def _alike(was: Any, now: Any) -> bool:
     if isinstance(was, dict) and isinstance(now, dict):
         return was.keys() == now.keys() and all(_alike(was[key], now[key]) for key in was)
     return bool(was == now) or (isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=_CLOSE))
+
+
+def _rounded(value: Any) -> Any:
+    """Plain data with the floats as far as two machines agree on them."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.8g}") if isinstance(value, float) else [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _difference(was: Any, now: Any) -> tuple[str, str]:

@@ -243,6 +243,55 @@ def test_a_model_and_data_are_known_by_their_contents_and_not_by_their_paths(tmp
     assert "started with data {'sha256': '" in capsys.readouterr().err
 
 
+def test_rows_of_two_runs_that_were_put_together_are_noticed(model, tmp_path, capsys):
+    """Every one of them is true, and the number of the wrong network; what reads the folder says so."""
+    lipnet.save(lipnet.load(model), tmp_path / "other.safetensors", input_shape=(64,))  # the same network, in another file
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert main(["run", model, "digits", "-o", str(ours), "--limit", "4", "--shard", "0/2", "--quiet"]) == 0
+    assert main(["run", str(tmp_path / "other.safetensors"), "digits", "-o", str(theirs), "--limit", "4", "--shard", "1/2", "--quiet"]) == 0
+    for part in theirs.glob("part-*"):
+        (ours / part.name).write_bytes(part.read_bytes())
+    capsys.readouterr()
+    assert main(["check", str(ours)]) == 4
+    assert "contradiction: input 1: part-1-of-2-" in capsys.readouterr().out
+    for command in (
+        ["run", model, "digits", "-o", str(ours), "--limit", "4"],
+        ["report", str(ours)],
+        ["convert", str(ours), "--to", "cohen", "-o", str(tmp_path / "log.tsv")],
+    ):
+        assert main(command) == 2
+        assert "a folder has the rows of one run" in capsys.readouterr().err
+    assert main(["attack", model, "digits", "-o", str(tmp_path / "attack"), "--limit", "4", "--steps", "2", "--quiet"]) == 0
+    (part,) = (tmp_path / "attack").glob("part-*")
+    part.write_text(part.read_text().replace('"run": "', '"run": "0'))
+    assert main(["check", str(theirs), "--against", str(tmp_path / "attack")]) == 2
+    assert "a folder has the rows of one run" in capsys.readouterr().err
+
+
+def test_parts_of_one_run_from_two_machines_are_put_together(model, tmp_path):
+    """In folders of their own, each with its path of the model, and with other inputs of the same data."""
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes(pathlib.Path(model).read_bytes())
+    assert main(["run", model, "digits", "-o", str(tmp_path / "a"), "--limit", "4", "--shard", "0/2", "--quiet"]) == 0
+    assert main(["run", str(copied), "digits", "-o", str(tmp_path / "b"), "--limit", "4", "--shard", "1/2", "--quiet"]) == 0
+    assert main(["run", str(copied), "digits", "-o", str(tmp_path / "c"), "--indices", "3:4", "--quiet"]) == 0
+    for part in [*(tmp_path / "b").glob("part-*"), *(tmp_path / "c").glob("part-*")]:
+        (tmp_path / "a" / part.name).write_bytes(part.read_bytes())
+    assert main(["run", model, "digits", "-o", str(tmp_path / "a"), "--limit", "4", "--quiet"]) == 0
+    assert len(rows(tmp_path / "a")) == 4
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+
+def test_rows_that_do_not_say_of_which_run_they_are_are_read_and_checked(model, tmp_path):
+    """Those of earlier versions."""
+    out = tmp_path / "a"
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "4", "--quiet"]) == 0
+    tampered(out, lambda found: [row.pop("run") for row in found])
+    (out / "results.jsonl").unlink()
+    for command in (["check", str(out)], ["run", model, "digits", "-o", str(out), "--limit", "4"], ["report", str(out)], ["check", str(out)]):
+        assert main(command) == 0
+
+
 def tampered(folder, change):
     for part in folder.glob("part-*"):
         found = [json.loads(line) for line in part.read_text().splitlines()]

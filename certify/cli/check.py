@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from certify.cli import Exit
     from certify.cli.console import out, print_json
     from certify.errors import CertifyError
-    from certify.results import passed_over, read_manifest, read_rows
+    from certify.results import foreign, passed_over, read_manifest, read_rows
 
     if args.against is not None and args.folder.is_file():
         raise CertifyError(f"{args.folder}: --against compares a results folder of certify run with one of certify attack, and this is a file")
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
             raise CertifyError(f"{args.folder}: there are no results yet; run certify run first")
         count = len(rows)
         what, wrong, kinds = (_log_folder if "log" in manifest else _results)(args, manifest, rows)
-        wrong = wrong + passed_over(args.folder) + _finished(args.folder, rows)
+        wrong = foreign(args.folder, manifest) + wrong + passed_over(args.folder) + _finished(args.folder, rows)
     if args.json:
         print_json({"folder": str(args.folder), "rows": count, "contradictions": wrong, **({} if kinds is None else {"kinds": kinds})})
     else:
@@ -249,13 +249,13 @@ def _sides(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequence
     from certify.errors import CertifyError
     from certify.report import Run
     from certify.report.sandwich import incomparable
-    from certify.results import read_manifest, read_rows
+    from certify.results import foreign, read_manifest, read_rows
 
     if args.against is None:
         return None
     certified = Run(str(args.folder), manifest, rows)
     attacked = Run(str(args.against), _needed(args.against, read_manifest(args.against)), read_rows(args.against))
-    why = incomparable(certified, attacked)
+    why = next(iter(foreign(args.against, attacked.manifest)), None) or incomparable(certified, attacked)
     if why is None and not {row["index"] for row in certified.rows} & {row["index"] for row in attacked.rows}:
         why = f"{args.folder} and {args.against} have no input in common; attack what was certified"
     if why is not None:
