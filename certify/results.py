@@ -143,6 +143,18 @@ def foreign(path: pathlib.Path, manifest: Manifest) -> list[str]:
     return found
 
 
+def done_before(path: pathlib.Path, known: Manifest) -> bool:
+    """Whether a folder has all rows of a run already, by what is known of it before anything is computed. Raises OtherRun where it has those of another run."""
+    if not (path / "manifest.json").is_file():
+        return False
+    found = read_manifest(path)
+    difference = _difference_of(found, {**found, **known})
+    if difference is not None and not _without_rows(path):
+        raise OtherRun(_refusal(path, difference))
+    whole = difference is None and known.keys() >= set(IDENTITY) and (path / "results.jsonl").exists() and not foreign(path, found)
+    return whole and {row["index"] for row in read_rows(path)} == set(found["selection"])
+
+
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
     """Every whole row of a folder, one for each input, in the order of the inputs. Torn lines are passed over."""
     rows: dict[int, dict[str, Any]] = {}
@@ -163,13 +175,13 @@ def passed_over(path: pathlib.Path) -> list[str]:
     return found
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """The file is there whole, or as it was before."""
     with writing(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -218,10 +230,14 @@ def _claim(path: pathlib.Path, manifest: Manifest) -> tuple[dict[str, Any], Exit
                 return found, held.pop_all()
             open_file.close()
             if difference is not None and not ("argv" in found and _taken_over(path, manifest)):
-                raise OtherRun(f"{path}: the folder was started with {difference}; choose another -o, or repeat the command that made it")
+                raise OtherRun(_refusal(path, difference))
         time.sleep(_WAIT)
     started = f"was started with {difference}, and" if difference else "is about to be that of other settings:"
     raise OtherRun(f"{path}: the folder {started} another process is at work in it; wait for its end, or choose another -o")
+
+
+def _refusal(path: pathlib.Path, difference: str) -> str:
+    return f"{path}: the folder was started with {difference}; choose another -o, or repeat the command that made it"
 
 
 def _create(file: pathlib.Path, manifest: Manifest, replace: bool = False) -> None:
