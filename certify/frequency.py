@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -77,6 +78,7 @@ class LipSDPFrequency(LipschitzMethod):
 
     tolerance: float = 1e-6
     seconds: float = math.inf
+    until: float = dataclasses.field(default=math.inf, repr=False, compare=False)  # of time.monotonic: then what is reached is proved
 
     def __post_init__(self) -> None:
         if not (0 < self.tolerance < 1 and self.seconds > 0):
@@ -100,7 +102,7 @@ class LipSDPFrequency(LipschitzMethod):
         network, chain = network.without_constants(chain)
         tail = network.joined_tail()
         with np.errstate(all="ignore"):  # of proposals; what is not finite is not proved
-            proposals = solve_frequencies(chain, tail, self.tolerance, self.seconds)
+            proposals = solve_frequencies(chain, tail, self.tolerance, min(self.seconds, max(self.until - time.monotonic(), 0.01)))
         best, used = Halves(math.inf, math.inf), proposals[0]
         for proposal in proposals:
             if not (math.isfinite(proposal.claimed) and np.isfinite(proposal.multipliers).all()):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,8 @@ class LipSDP(LipschitzMethod):
     seconds: float = math.inf  # of each program
     device: str = "cpu"  # where torch runs the first-order method; all others, and the proof, are numpy's
     report: Report | None = dataclasses.field(default=None, repr=False, compare=False)
+    until: float = dataclasses.field(default=math.inf, repr=False, compare=False)  # of time.monotonic: then what is reached is proved, as after Ctrl-C
+    proposals: Mapping[str, Array] | None = dataclasses.field(default=None, repr=False, compare=False)  # multipliers to prove in place of solving
 
     def __post_init__(self) -> None:
         if self.norm not in (1, 2, math.inf):
@@ -110,6 +113,7 @@ class LipSDP(LipschitzMethod):
                 "eliminated": wired.wiring.fixed,
                 "leaves": wired.leaves,
                 "wired": wired,
+                "proposals": found.proposals,
                 "proof": (value, np.array(found.all_multipliers) if self.norm == 1 else found.multipliers),
             },
             parts=layers.parts if used < value else (),
@@ -143,12 +147,13 @@ def _by_torch(device: str, chain: Chain, start: Sequence[Array], *, stop: Callab
 
 
 class _Solved:
-    """The programs of one network, solved one after the other until Ctrl-C."""
+    """The programs of one network, solved one after the other until Ctrl-C or the end of the time; or, where there are proposals for them, only proved."""
 
     def __init__(self, method: LipSDP, wired: Wired) -> None:
         self.method, self.system, self.given = method, wired.system, wired.given
         self.multipliers: Array | None = None
         self.all_multipliers: list[Array] = []
+        self.proposals: dict[str, Array] = {}  # by program
         self.status, self.claimed, self.gap = "nothing to solve", math.nan, math.inf
 
     def value(self) -> float:
@@ -183,20 +188,34 @@ class _Solved:
         if not self.method.pairs:
             return found
         for i, j in itertools.combinations(range(outputs), 2):
-            system = self.system.difference(i, j)
-            parts = [system] if self.method.norm != 1 else [system.along(k) for k in range(system.inputs)]
+            system, what = self.system.difference(i, j), f"outputs {i} - {j}"
+            parts = {what: system} if self.method.norm != 1 else {f"{what}, input {k}": system.along(k) for k in range(system.inputs)}
+            if self.method.proposals is not None and not self.method.proposals.keys() >= parts.keys():
+                continue  # the time was over before it
             worst = 0.0
-            for part in parts:
+            for what, part in parts.items():
                 if self.status == "interrupted":
                     return found
-                solution = self._solve(f"outputs {i} - {j}", part, None)
+                if time.monotonic() > self.method.until:
+                    self.status = "time limit"
+                    return found
+                solution = self._solve(what, part, None)
                 self.status = solution.status if solution.status == "interrupted" else self.status
                 worst = max(worst, solution.bound)
             found[i, j] = found[j, i] = min(float(found[i, j]), worst)
         return found
 
     def _solve(self, what: str, system: LureSystem, start: Array | None) -> Solution:
-        report = self.method.report
+        solution = self._proved(system, self.method.proposals[what]) if self.method.proposals else self._proposed(what, system, start)
+        self.proposals[what] = solution.multipliers
+        return solution
+
+    def _proved(self, system: LureSystem, multipliers: Array) -> Solution:
+        bound = sdp.prove(system, multipliers, math.inf if self.method.norm == math.inf else 2)
+        return Solution(bound, multipliers, math.nan, "proved again", 0, math.inf, 0.0, 0.0)
+
+    def _proposed(self, what: str, system: LureSystem, start: Array | None) -> Solution:
+        report, left = self.method.report, self.method.until - time.monotonic()
         return sdp.lipsdp(
             system,
             self.method.solver,
@@ -204,7 +223,7 @@ class _Solved:
             multipliers=self.method.multipliers,
             start=start if self.method.norm == 2 else None,
             tolerance=self.method.tolerance,
-            seconds=self.method.seconds,
+            seconds=min(self.method.seconds, max(left, 0.01)),
             report=None if report is None else lambda progress: report(what, progress),
             descend=first_order if self.method.device == "cpu" else functools.partial(_by_torch, self.method.device),
         )

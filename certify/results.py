@@ -2,26 +2,35 @@
 
 Any number of processes write one folder without talking to each other: input i belongs to shard `i % shards`, each process appends whole lines to a
 file of its own, the manifest is created by whoever is first. A line without a newline is what a killed process left; it is passed over, and the input is
-done again. Settings that would change a number are the folder's identity: a run with others is refused.
+done again. Settings that would change a number are the folder's identity: a run with others is refused, unless there are no rows yet and nobody is at work;
+then there is nothing to lose, and the folder becomes that run's. Every row names its run, so that rows of two runs that were put together are noticed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import pathlib
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, TextIO
+from contextlib import ExitStack, contextmanager, suppress
+from typing import IO, Any, TextIO
 
 from certify.errors import CertifyError
+
+try:
+    import fcntl
+except ImportError:  # there are no such locks on Windows, and no folder is taken over there
+    fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
 IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed", "smoothing")  # what must not change within a folder
 _CLOSE = 1e-9  # relative
+_TRIES, _WAIT = 40, 0.05  # for a lock that is held for some milliseconds; seconds
 _TIMES = ("seconds",)  # what a row may differ in when it is made again
 
 Row = Mapping[str, Any]
@@ -39,8 +48,12 @@ class Folder:
         self.path, self.shard = path, shard
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        self.manifest = _claim(path, manifest)
-        self.done = {row["index"] for row in read_rows(path)}
+        self.manifest, self._held = _claim(path, manifest)
+        self.run, rows = run_of(self.manifest), read_rows(path)
+        if any(row.get("run", self.run) != self.run for row in rows):
+            self._held.close()
+            raise CertifyError(f"{path}: {foreign(path, self.manifest)[0]}")
+        self.done = {row["index"] for row in rows}
         self._file: TextIO | None = None
 
     def pending(self) -> list[int]:
@@ -54,7 +67,7 @@ class Folder:
             if self._file is None:
                 name = f"part-{self.shard[0]}-of-{self.shard[1]}-{uuid.uuid4().hex[:8]}.jsonl"
                 self._file = (self.path / name).open("a", encoding="utf-8")
-            self._file.write("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+            self._file.write("".join(json.dumps({**row, "run": self.run}, allow_nan=False) + "\n" for row in rows))
             self._file.flush()
         self.done.update(row["index"] for row in rows)
 
@@ -73,6 +86,7 @@ class Folder:
         if self._file is not None:
             with suppress(OSError):  # every row was flushed; what could not be was said then
                 self._file.close()
+        self._held.close()
 
 
 def read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -87,10 +101,58 @@ def read_manifest(path: pathlib.Path) -> dict[str, Any]:
             raise CertifyError(f"{path}: this is not a results folder, it has some in it ({', '.join(inside)}); name one, such as {path / inside[0]}") from None
         raise CertifyError(f"{path}: this is not a results folder, it has no manifest.json; make one with certify run MODEL DATA -o {path}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CertifyError(f"{file}: cannot be read ({error}); make the folder again with certify run") from error
+        raise CertifyError(f"{file}: cannot be read ({error}); choose another folder, or delete this one and make it again") from error
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        raise CertifyError(f"{file}: this version reads results of schema {SCHEMA} only; make the folder again with certify run")
+        raise CertifyError(f"{file}: this version reads results of schema {SCHEMA} only; choose another folder, or make this one again with certify run")
     return manifest
+
+
+def identity(manifest: Manifest) -> dict[str, Any]:
+    """What must not change within a folder. Where files lie may: they are known by their sha256."""
+    kept = {key: manifest.get(key) for key in IDENTITY}
+    if isinstance(kept["data"], Mapping):
+        kept["data"] = {key: value for key, value in kept["data"].items() if key != "spec"}
+    return {**kept, "model": model_identity(kept["model"])}
+
+
+def model_identity(model: Any) -> Any:
+    """What a manifest says of a model, without the paths by which it was named. Of code the name of the function stays, of which a file has several."""
+    if not isinstance(model, Mapping):
+        return model
+    spec = str(model.get("spec"))
+    code = {name: function for name, text in (("spec", spec), ("arch", str(model.get("arch")))) if (function := _function_in(text))}
+    return {key: value for key, value in model.items() if key != "spec"} | code
+
+
+def run_of(manifest: Manifest) -> str:
+    """What a row has as `run`: a digest of all that its numbers follow from, which is the identity of its folder but for the other inputs."""
+    kept = {key: value for key, value in identity(manifest).items() if key != "selection"}
+    return hashlib.sha256(json.dumps(_rounded(kept), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def foreign(path: pathlib.Path, manifest: Manifest) -> list[str]:
+    """The rows of a folder that are of another run than its manifest, one sentence for each file. (Those of earlier versions do not say of which they are.)"""
+    run, found = run_of(manifest), []
+    for file in sorted(path.glob("part-*.jsonl")):
+        others = [(number, row) for number, row in _lines(file) if row is not None and row.get("run", run) != run]
+        if others:
+            number, row = others[0]
+            more = f" ({len(others) - 1} more in this file)" if others[1:] else ""
+            which = f"is a row of the run {_short(row['run'])}, and the manifest is of {run}"
+            found.append(f"input {row['index']}: {file.name}, line {number}, {which}{more}; a folder has the rows of one run, take the others out")
+    return found
+
+
+def done_before(path: pathlib.Path, known: Manifest) -> bool:
+    """Whether a folder has all rows of a run already, by what is known of it before anything is computed. Raises OtherRun where it has those of another run."""
+    if not (path / "manifest.json").is_file():
+        return False
+    found = read_manifest(path)
+    difference = _difference_of(found, {**found, **known})
+    if difference is not None and not _without_rows(path):
+        raise OtherRun(_refusal(path, difference))
+    whole = difference is None and known.keys() >= set(IDENTITY) and (path / "results.jsonl").exists() and not foreign(path, found)
+    return whole and {row["index"] for row in read_rows(path)} == set(found["selection"])
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -113,13 +175,13 @@ def passed_over(path: pathlib.Path) -> list[str]:
     return found
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
     """The file is there whole, or as it was before."""
     with writing(path):
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -156,25 +218,100 @@ def _timeless(row: Row) -> str:
     return json.dumps({key: value for key, value in row.items() if key not in _TIMES})
 
 
-def _claim(path: pathlib.Path, manifest: Manifest) -> dict[str, Any]:
-    """Write the manifest if there is none; otherwise check that it is of the same run. Returns the one in force."""
+def _claim(path: pathlib.Path, manifest: Manifest) -> tuple[dict[str, Any], ExitStack]:
+    """The manifest in force, and its file, with a lock that says that a run of these settings is at work. Raises OtherRun for a folder of other settings."""
+    file, difference = path / "manifest.json", None
+    for _ in range(_TRIES):
+        _create(file, manifest)
+        with ExitStack() as held, suppress(FileNotFoundError):  # somebody deleted it
+            open_file, found = held.enter_context(file.open("rb")), read_manifest(path)
+            difference = _difference_of(found, manifest)
+            if difference is None and _lock(open_file, exclusive=False) and _is_at(file, open_file):
+                return found, held.pop_all()
+            open_file.close()
+            if difference is not None and not ("argv" in found and _taken_over(path, manifest)):
+                raise OtherRun(_refusal(path, difference))
+        time.sleep(_WAIT)
+    started = f"was started with {difference}, and" if difference else "is about to be that of other settings:"
+    raise OtherRun(f"{path}: the folder {started} another process is at work in it; wait for its end, or choose another -o")
+
+
+def _refusal(path: pathlib.Path, difference: str) -> str:
+    return f"{path}: the folder was started with {difference}; choose another -o, or repeat the command that made it"
+
+
+def _create(file: pathlib.Path, manifest: Manifest, replace: bool = False) -> None:
+    """Write the manifest whole or not at all; one that is there already stays, unless it is to be replaced."""
+    if file.exists() and not replace:
+        return
+    temporary = file.with_name(f".manifest.{uuid.uuid4().hex}")
+    with writing(file):
+        try:
+            temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
+            if replace:
+                os.replace(temporary, file)
+            else:
+                os.link(temporary, file)
+        except FileExistsError:
+            pass  # another process was first
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _taken_over(path: pathlib.Path, manifest: Manifest) -> bool:
+    """Put the manifest in the place of another run's that has no rows; False where it has, or may not. Leaves it while another process does that or is at work.
+
+    Who writes rows holds a shared lock on the manifest that they are of, from before the first of them; this needs the only one.
+    """
     file = path / "manifest.json"
-    if not file.exists():
-        temporary = path / f".manifest.{uuid.uuid4().hex}"
-        with writing(file):
-            try:
-                temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
-                os.link(temporary, file)  # creates it whole or not at all
-            except FileExistsError:
-                pass  # another process was first
-            finally:
-                temporary.unlink(missing_ok=True)
-    found = read_manifest(path)
+    if not _without_rows(path):
+        return False
+    try:
+        with file.open("r+b") as held:
+            if _lock(held, exclusive=True) and _is_at(file, held):
+                if not _without_rows(path):
+                    return False
+                _create(file, manifest, replace=True)
+    except PermissionError:
+        return False
+    return True
+
+
+def _without_rows(path: pathlib.Path) -> bool:
+    """Whether there is nothing of a run but its manifest, and perhaps a line that a killed process left."""
+    return not (path / "results.jsonl").exists() and not any(True for file in path.glob("part-*.jsonl") for _ in _lines(file))
+
+
+def _lock(file: IO[bytes], exclusive: bool) -> bool:
+    """Whether the file is locked now, until it is closed or its process ends. Where there are no locks nobody can have one alone, and all others go without."""
+    try:
+        fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):
+        return not exclusive
+    return True
+
+
+def _is_at(path: pathlib.Path, file: IO[bytes]) -> bool:
+    """Whether what is open is still what the path names."""
+    return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+
+
+def _difference_of(found: Manifest, manifest: Manifest) -> str | None:
+    """What makes two manifests those of two runs, in words; None: nothing."""
+    was, now = identity(found), identity(json.loads(json.dumps(manifest)))
     for key in IDENTITY:
-        if not _alike(found.get(key), json.loads(json.dumps(manifest.get(key)))):
-            was, now = _difference(found.get(key), manifest.get(key))
-            raise OtherRun(f"{path}: the folder was started with {key} {was}, now it is {now}; choose another -o, or repeat the command that made it")
-    return found
+        if not _alike(was[key], now[key]):
+            before, here = _difference(was[key], now[key])
+            return f"{key} {before}, now it is {here}"
+    return None
+
+
+def _function_in(text: str) -> str | None:
+    """`make` of `./file.py:make`; nothing of a path."""
+    place, _, name = text.rpartition(":")
+    return name if place and name.isidentifier() else None
 
 
 def _alike(was: Any, now: Any) -> bool:
@@ -182,6 +319,13 @@ def _alike(was: Any, now: Any) -> bool:
     if isinstance(was, dict) and isinstance(now, dict):
         return was.keys() == now.keys() and all(_alike(was[key], now[key]) for key in was)
     return bool(was == now) or (isinstance(was, float) and isinstance(now, float) and math.isclose(was, now, rel_tol=_CLOSE))
+
+
+def _rounded(value: Any) -> Any:
+    """Plain data with the floats as far as two machines agree on them."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(each) for key, each in value.items()}
+    return float(f"{value:.8g}") if isinstance(value, float) else [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _difference(was: Any, now: Any) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from torch import nn
 import lipnet
 from certify import data
 from certify.cli import main
+from certify.errors import CertifyError
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,184 @@ def test_settings_cannot_change_within_a_folder(model, tmp_path, capsys):
     assert "started with selection" in capsys.readouterr().err
     assert main(["run", model, "digits:train", "-o", out, "--limit", "5"]) == 2
     assert "started with data" in capsys.readouterr().err
+
+
+def test_a_folder_without_rows_is_taken_over_by_the_corrected_command(model, tmp_path, monkeypatch, capsys):
+    """A run that fails before its first row leaves nothing that is worth protecting."""
+    import certify.cli.run
+
+    out = tmp_path / "a"
+
+    def fails(*_):
+        raise CertifyError("it does not fit")
+
+    monkeypatch.setattr(certify.cli.run, "margin_rows", fails)
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "50"]) == 2
+    monkeypatch.undo()
+    (out / "part-0-of-1-killed.jsonl").write_text('{"index": 0, "label": 4')  # torn
+    assert main(["run", model, "digits:train", "-o", str(out), "--limit", "5"]) == 0
+    assert json.loads((out / "manifest.json").read_text())["data"]["spec"] == "digits:train"
+    assert len(rows(out)) == 5
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    capsys.readouterr()
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "5"]) == 2  # now it has rows
+    assert "started with data" in capsys.readouterr().err
+    for part in out.glob("part-*"):
+        part.unlink()
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "5"]) == 2  # results.jsonl has them still
+
+
+def test_a_manifest_of_another_program_is_left_alone(model, tmp_path, capsys):
+    for text in ('{"name": "an app", "icons": []}', '{"schema": 1, "name": "an app"}', "", "[]"):
+        (tmp_path / "manifest.json").write_text(text)
+        assert main(["run", model, "digits", "-o", str(tmp_path), "--limit", "5"]) == 2
+        assert (tmp_path / "manifest.json").read_text() == text
+
+
+def settings(seed):
+    """A manifest with what makes it that of one run."""
+    return {"schema": 1, "argv": ["certify"], "model": {"sha256": "m"}, "data": {"sha256": "d"}, "method": "M()", "selection": [0, 1], "seed": seed}
+
+
+def test_a_folder_at_work_is_not_taken_over(tmp_path, monkeypatch):
+    """Its first row may come at any time. When its process has ended, it may be taken over, and rows that it began with are not mixed with others."""
+    from certify.results import Folder, OtherRun
+
+    monkeypatch.setattr("certify.results._TRIES", 3)
+    with Folder(tmp_path, settings(0)) as first:
+        with pytest.raises(OtherRun, match=r"started with seed 0, now it is 1, and another process is at work in it; wait"):
+            Folder(tmp_path, settings(1))
+        with Folder(tmp_path, settings(0), (1, 2)) as other:  # a shard of the same run
+            other.add([{"index": 1}])
+        first.add([{"index": 0}])
+        assert first.finish()
+    with pytest.raises(OtherRun, match="repeat the command that made it"):
+        Folder(tmp_path, settings(1))
+
+
+def test_where_there_are_no_locks_no_folder_is_taken_over(tmp_path, monkeypatch):
+    from certify.results import Folder, OtherRun
+
+    monkeypatch.setattr("certify.results._TRIES", 3)
+    monkeypatch.setattr("certify.results.fcntl", None)
+    with Folder(tmp_path, settings(0)), Folder(tmp_path, settings(0), (1, 2)):
+        pass
+    with pytest.raises(OtherRun, match="started with seed 0"):
+        Folder(tmp_path, settings(1))
+
+
+RACE = """
+import json, pathlib, sys, time
+from certify.results import Folder, OtherRun
+path, seed, rank = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+while not (path / "go").exists():
+    pass
+try:
+    with Folder(path / "run", json.loads(sys.argv[4]) | {"seed": seed}, (rank, 2)) as folder:
+        for index in folder.pending():
+            folder.add([{"index": index, "seed": seed}])
+except OtherRun:
+    sys.exit(7)
+"""
+
+
+def test_ranks_of_two_commands_that_start_together_end_as_those_of_one(tmp_path):
+    """Both find a folder without rows of a third one. Whoever takes it over, no row of the other is in it, and all of its own are."""
+    from certify.results import Folder
+
+    for attempt in range(2):
+        path = tmp_path / str(attempt)
+        with Folder(path / "run", settings(-1)):
+            pass
+        command = [sys.executable, "-c", RACE, str(path)]
+        processes = {(seed, rank): subprocess.Popen([*command, str(seed), str(rank), json.dumps(settings(0))]) for seed in (0, 1) for rank in (0, 1)}
+        time.sleep(0.5)
+        (path / "go").touch()
+        codes = {key: process.wait(60) for key, process in processes.items()}
+        seed = json.loads((path / "run" / "manifest.json").read_text())["seed"]
+        assert seed in (0, 1)
+        assert codes == {(s, rank): 0 if s == seed else 7 for s, rank in codes}
+        found = [json.loads(line) for part in (path / "run").glob("part-*") for line in part.read_text().splitlines()]
+        assert sorted(row["index"] for row in found) == [0, 1]
+        assert {row["seed"] for row in found} == {seed}
+
+
+def test_a_model_and_data_are_known_by_their_contents_and_not_by_their_paths(tmp_path, monkeypatch, capsys):
+    """The same files from another folder, or copied, go on with a run; another function of the same file is another model."""
+    torch.manual_seed(0)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    torch.save(net.state_dict(), "net.pth")
+    np.savez("d.npz", x=np.random.default_rng(0).random((6, 6), dtype=np.float32), y=np.zeros(6, dtype=np.int64))
+    layers = "nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))"
+    pathlib.Path("f.py").write_text(f"from torch import nn\ndef make(): return {layers}\ndef other(): return make()\n")
+    for shard, model, points, arch in (
+        ("0/3", "net.pth", "d.npz", "./f.py:make"),
+        ("1/3", "../here/net.pth", f"{tmp_path}/here/d.npz", f"{tmp_path}/here/f.py:make"),
+        ("2/3", f"{tmp_path}/copy.pth", "../d.npz", "../here/f.py:make"),
+    ):
+        (tmp_path / "copy.pth").write_bytes(pathlib.Path("net.pth").read_bytes())
+        (tmp_path / "d.npz").write_bytes(pathlib.Path("d.npz").read_bytes())
+        assert main(["run", model, points, "--arch", arch, "-o", str(tmp_path / "a"), "--shard", shard, "--quiet"]) == 0
+        assert main(["attack", model, points, "--arch", arch, "-o", str(tmp_path / shard[0]), "--steps", "3", "--quiet"]) == 0
+    assert len(rows(tmp_path / "a")) == 6
+    assert main(["check", str(tmp_path / "a"), "--arch", "f.py:make", "--against", str(tmp_path / "2")]) == 0
+    capsys.readouterr()
+    assert main(["run", "net.pth", "d.npz", "--arch", "./f.py:other", "-o", str(tmp_path / "a")]) == 2
+    assert "started with model {'arch': 'make'}, now it is {'arch': 'other'}" in capsys.readouterr().err
+    np.savez("d.npz", x=np.zeros((6, 6), dtype=np.float32), y=np.zeros(6, dtype=np.int64))
+    assert main(["run", "net.pth", "d.npz", "--arch", "./f.py:make", "-o", str(tmp_path / "a")]) == 2
+    assert "started with data {'sha256': '" in capsys.readouterr().err
+
+
+def test_rows_of_two_runs_that_were_put_together_are_noticed(model, tmp_path, capsys):
+    """Every one of them is true, and the number of the wrong network; what reads the folder says so."""
+    lipnet.save(lipnet.load(model), tmp_path / "other.safetensors", input_shape=(64,))  # the same network, in another file
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    assert main(["run", model, "digits", "-o", str(ours), "--limit", "4", "--shard", "0/2", "--quiet"]) == 0
+    assert main(["run", str(tmp_path / "other.safetensors"), "digits", "-o", str(theirs), "--limit", "4", "--shard", "1/2", "--quiet"]) == 0
+    for part in theirs.glob("part-*"):
+        (ours / part.name).write_bytes(part.read_bytes())
+    capsys.readouterr()
+    assert main(["check", str(ours)]) == 4
+    assert "contradiction: input 1: part-1-of-2-" in capsys.readouterr().out
+    for command in (
+        ["run", model, "digits", "-o", str(ours), "--limit", "4"],
+        ["report", str(ours)],
+        ["convert", str(ours), "--to", "cohen", "-o", str(tmp_path / "log.tsv")],
+    ):
+        assert main(command) == 2
+        assert "a folder has the rows of one run" in capsys.readouterr().err
+    assert main(["attack", model, "digits", "-o", str(tmp_path / "attack"), "--limit", "4", "--steps", "2", "--quiet"]) == 0
+    (part,) = (tmp_path / "attack").glob("part-*")
+    part.write_text(part.read_text().replace('"run": "', '"run": "0'))
+    assert main(["check", str(theirs), "--against", str(tmp_path / "attack")]) == 2
+    assert "a folder has the rows of one run" in capsys.readouterr().err
+
+
+def test_parts_of_one_run_from_two_machines_are_put_together(model, tmp_path):
+    """In folders of their own, each with its path of the model, and with other inputs of the same data."""
+    copied = tmp_path / "copied.safetensors"
+    copied.write_bytes(pathlib.Path(model).read_bytes())
+    assert main(["run", model, "digits", "-o", str(tmp_path / "a"), "--limit", "4", "--shard", "0/2", "--quiet"]) == 0
+    assert main(["run", str(copied), "digits", "-o", str(tmp_path / "b"), "--limit", "4", "--shard", "1/2", "--quiet"]) == 0
+    assert main(["run", str(copied), "digits", "-o", str(tmp_path / "c"), "--indices", "3:4", "--quiet"]) == 0
+    for part in [*(tmp_path / "b").glob("part-*"), *(tmp_path / "c").glob("part-*")]:
+        (tmp_path / "a" / part.name).write_bytes(part.read_bytes())
+    assert main(["run", model, "digits", "-o", str(tmp_path / "a"), "--limit", "4", "--quiet"]) == 0
+    assert len(rows(tmp_path / "a")) == 4
+    assert main(["check", str(tmp_path / "a")]) == 0
+
+
+def test_rows_that_do_not_say_of_which_run_they_are_are_read_and_checked(model, tmp_path):
+    """Those of earlier versions."""
+    out = tmp_path / "a"
+    assert main(["run", model, "digits", "-o", str(out), "--limit", "4", "--quiet"]) == 0
+    tampered(out, lambda found: [row.pop("run") for row in found])
+    (out / "results.jsonl").unlink()
+    for command in (["check", str(out)], ["run", model, "digits", "-o", str(out), "--limit", "4"], ["report", str(out)], ["check", str(out)]):
+        assert main(command) == 0
 
 
 def tampered(folder, change):

@@ -50,6 +50,25 @@ def test_all_that_applies_is_run_and_shown(model: str, tmp_path: pathlib.Path, c
     assert (out / "local" / "results.jsonl").read_text() == before
 
 
+def test_semidefinite_bounds_keep_to_the_budget_and_are_proved_again_when_it_is_repeated(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 10)).eval()
+    lipnet.save(net, tmp_path / "net.safetensors", input_shape=(1, 8, 8))
+    command = ["audit", str(tmp_path / "net.safetensors"), "digits", "-o", str(tmp_path / "a"), "--limit", "10", "--skip", "attack,local,margin"]
+    assert main([*command, "--budget", "1s", "--shard", "0/2"]) == Exit.DONE
+    assert "lipsdp: the time was over, or it was interrupted, before all was solved" in capsys.readouterr().err
+    assert main([*command, "--budget", "20s"]) == Exit.DONE
+    said = capsys.readouterr().err
+    assert "lipsdp: the bound is proved again from" in said
+    assert "the time was over" in said  # then
+    assert main(["check", str(tmp_path / "a/lipsdp")]) == Exit.DONE
+    monkeypatch.setattr("certify.multipliers.lipschitz", None)
+    assert main([*command, "--budget", "1s"]) == Exit.DONE  # nothing is left to do
+    assert len((tmp_path / "a/lipsdp/results.jsonl").read_text().splitlines()) == 10
+
+
 def test_an_attack_that_is_closer_than_a_certificate_ends_with_4(model: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "a"
     command = ["audit", model, "digits", "-o", str(out), "--limit", "2", "--skip", "lipsdp,local"]

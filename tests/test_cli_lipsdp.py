@@ -4,10 +4,12 @@ import itertools
 import json
 import math
 import pathlib
+import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load, save
 from torch import nn
 
 import certify
@@ -97,6 +99,102 @@ def test_runs_certify_and_are_checked(model, tmp_path, capsys, more, monkeypatch
     manifest["bound"]["value"] *= 0.999
     (pathlib.Path(folder) / "manifest.json").write_text(json.dumps(manifest))
     assert main(["check", folder]) == 4
+
+
+@pytest.fixture
+def solved(monkeypatch):
+    """A list that gets longer with each program that is solved."""
+    found, solve = [], sdp.lipsdp
+
+    def counted(*arguments, **options):
+        found.append(1)
+        return solve(*arguments, **options)
+
+    monkeypatch.setattr(sdp, "lipsdp", counted)
+    return found
+
+
+def small_run(tmp_path, *more):
+    """The folder that a run goes to, and its command."""
+    torch.manual_seed(0)
+    lipnet.save(nn.Sequential(nn.Linear(64, 5), nn.ReLU(), nn.Linear(5, 3)).eval(), tmp_path / "small.safetensors", input_shape=(64,))
+    return tmp_path / "a", ["run", f"{tmp_path}/small.safetensors", "digits", "-o", f"{tmp_path}/a", "--bound", "lipsdp", "--limit", "6", "--quiet", *more]
+
+
+@pytest.mark.parametrize("norm", ["2", "inf", "1"])
+def test_a_repeated_run_and_check_prove_the_bound_from_the_multipliers_that_were_kept(tmp_path, capsys, solved, norm):
+    out, command = small_run(tmp_path, "--norm", norm)
+    assert main([*command, "--shard", "0/2"]) == 0
+    solved.clear()
+    assert main(command) == main(["check", str(out)]) == 0
+    assert f"proved again from {out}" in capsys.readouterr().err
+    (out / "multipliers.safetensors").unlink()
+    assert main(command) == 0  # which has nothing to do
+    assert not solved
+    for other in (("--limit", "5"), ("--norm", "1" if norm == "2" else "2")):
+        assert main([*command, *other]) == 2  # and is refused before anything is solved
+        assert "the folder was started with" in capsys.readouterr().err
+    assert not solved
+
+
+@pytest.mark.parametrize("damage", ["none", "not that file", "cut", "of another network", "looser", "too few", "no numbers"])
+def test_multipliers_that_do_not_prove_what_is_said_with_them_are_passed_over(tmp_path, solved, damage):
+    out, command = small_run(tmp_path)
+    assert main(command) == 0
+    results, kept = (out / "results.jsonl").read_bytes(), (out / "multipliers.safetensors").read_bytes()
+    for path in out.iterdir():
+        path.unlink()
+    proposals, about = load(kept), json.loads(kept[8 : 8 + int.from_bytes(kept[:8], "little")])["__metadata__"]
+    changed = {
+        "not that file": b"{}",
+        "cut": kept[:-9],
+        "of another network": save(proposals, {**about, "network": "0" * 64}),
+        "looser": save({what: 3 * each for what, each in proposals.items()}, about),
+        "too few": save({what: each[1:] for what, each in proposals.items()}, about),
+        "no numbers": save({what: np.nan * each for what, each in proposals.items()}, about),
+    }
+    if damage in changed:
+        (out / "multipliers.safetensors").write_bytes(changed[damage])
+    solved.clear()
+    assert main(command) == 0
+    assert solved
+    assert (out / "results.jsonl").read_bytes() == results
+    assert all((each == load(kept)[what]).all() for what, each in load((out / "multipliers.safetensors").read_bytes()).items())
+    assert main(["check", str(out)]) == 0
+
+
+def test_multipliers_that_prove_less_than_rows_say_do_not_prove_them(tmp_path, capsys):
+    """Nor do those that say of themselves that they prove less."""
+    out, command = small_run(tmp_path)
+    assert main(command) == 0
+    kept = (out / "multipliers.safetensors").read_bytes()
+    about = json.loads(kept[8 : 8 + int.from_bytes(kept[:8], "little")])["__metadata__"]
+    loose = save({what: 3 * each for what, each in load(kept).items()}, {**about, "proves": "[1e9, 1e9]"})
+    (out / "multipliers.safetensors").write_bytes(loose)
+    assert main(["check", str(out)]) == 0  # solved again
+    (part,) = out.glob("part-*")
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    for path in (part, out / "results.jsonl"):
+        path.write_text("".join(json.dumps({**row, "radius": row["radius"] * 1.01}) + "\n" for row in lines))
+    assert main(["check", str(out)]) == 4
+    (out / "multipliers.safetensors").write_bytes(kept)
+    capsys.readouterr()
+    assert main(["check", str(out)]) == 4
+    assert "the radius is stored as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("norm", [2, 1, math.inf])
+def test_where_the_time_is_over_what_was_reached_is_proved(network, norm):
+    whole = certify.lipschitz(network, certify.LipSDP(norm=norm), input_shape=SHAPE)
+    cut = certify.lipschitz(network, certify.LipSDP(norm=norm, until=time.monotonic()), input_shape=SHAPE)
+    assert repr(certify.LipSDP(norm=norm, until=0.0)) == repr(certify.LipSDP(norm=norm)) == cut.method
+    assert whole.value <= cut.value < math.inf
+    assert (whole.pairs <= cut.pairs * (1 + 1e-9)).all()
+    assert cut.evidence["status"] == "time limit"
+    assert not [what for what in cut.evidence["proposals"] if what.startswith("outputs")]
+    again = certify.lipschitz(network, certify.LipSDP(norm=norm, proposals=cut.evidence["proposals"]), input_shape=SHAPE)
+    assert again.value == pytest.approx(cut.value)
+    assert np.allclose(again.pairs, cut.pairs)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_opening, add_setting, load_model, setting
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from certify.cli import Exit
     from certify.cli.console import out, print_json
     from certify.errors import CertifyError
-    from certify.results import passed_over, read_manifest, read_rows
+    from certify.results import foreign, passed_over, read_manifest, read_rows
 
     if args.against is not None and args.folder.is_file():
         raise CertifyError(f"{args.folder}: --against compares a results folder of certify run with one of certify attack, and this is a file")
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             raise CertifyError(f"{args.folder}: there are no results yet; run certify run first")
         count = len(rows)
         what, wrong, kinds = (_log_folder if "log" in manifest else _results)(args, manifest, rows)
-        wrong = wrong + passed_over(args.folder) + _finished(args.folder, rows)
+        wrong = foreign(args.folder, manifest) + wrong + passed_over(args.folder) + _finished(args.folder, rows)
     if args.json:
         print_json({"folder": str(args.folder), "rows": count, "contradictions": wrong, **({} if kinds is None else {"kinds": kinds})})
     else:
@@ -153,7 +154,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
             raise CertifyError(
                 f"{args.folder}: the {what} has sha256 {found[:12]}, the results are of {stored[:12]}; name the file that was certified with {where}"
             )
-    again = _counts if _counted(manifest) else _proof
+    again = _counts if _counted(manifest) else functools.partial(_proof, args.folder)
     again = _one_by_one if str(manifest.get("method")).startswith(("LowRank(", "LocalMargin(")) else again
     again = _attacks if manifest["guarantee"] == "attack" else again
     known = {
@@ -186,23 +187,37 @@ def _input_shape(manifest: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[i
     return given(method_of(manifest).noise, shape) if _counted(manifest) else shape
 
 
-def _proof(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
+def _proof(
+    folder: pathlib.Path, manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance
+) -> tuple[str, list[str]]:
     """The bound by its proof, each row by its logits."""
-    from certify.frequency import LipSDPFrequency
     from certify.graph import Graph
-    from certify.lipsdp import LipSDP
     from certify.margins import Margin
+
+    graph, wrong = Graph.of(model.net, model.shape), list[str]()
+    for bound in _bounds(folder, manifest, model):
+        wrong = _bound_differences(manifest, bound) + _row_differences(rows, manifest, Margin(bound), graph, dataset, advance)
+        if not wrong:
+            break
+    return f"bound and {len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
+
+
+def _bounds(folder: pathlib.Path, manifest: Mapping[str, Any], model: Model) -> Iterator[Bound]:
+    """By the multipliers that are kept in the folder, if they are; and, for what does not follow from that, by the method of the manifest."""
+    from certify.frequency import LipSDPFrequency
+    from certify.lipsdp import LipSDP
     from certify.methods import Layerwise, LipschitzMethod, lipschitz
+    from certify.multipliers import proved_again
 
     method: LipschitzMethod = Layerwise()
     if lookup(manifest, "bound", "lipsdp") is not None:
         method = LipSDP.from_settings(lookup(manifest, "bound", "lipsdp", "settings"))
+        kept = proved_again(model.net, method, model.shape, folder)
+        if kept is not None:
+            yield kept
     elif str(lookup(manifest, "bound", "method")).startswith("LipSDPFrequency("):
         method = LipSDPFrequency()
-    bound = lipschitz(model.net, method, input_shape=model.shape)
-    graph = Graph.of(model.net, model.shape)
-    wrong = _bound_differences(manifest, bound) + _row_differences(rows, manifest, Margin(bound), graph, dataset, advance)
-    return f"bound and {len(rows)} rows proved again (tolerance {_TOLERANCE:g} relative)", wrong
+    yield lipschitz(model.net, method, input_shape=model.shape)
 
 
 def _one_by_one(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
@@ -249,13 +264,13 @@ def _sides(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequence
     from certify.errors import CertifyError
     from certify.report import Run
     from certify.report.sandwich import incomparable
-    from certify.results import read_manifest, read_rows
+    from certify.results import foreign, read_manifest, read_rows
 
     if args.against is None:
         return None
     certified = Run(str(args.folder), manifest, rows)
     attacked = Run(str(args.against), _needed(args.against, read_manifest(args.against)), read_rows(args.against))
-    why = incomparable(certified, attacked)
+    why = next(iter(foreign(args.against, attacked.manifest)), None) or incomparable(certified, attacked)
     if why is None and not {row["index"] for row in certified.rows} & {row["index"] for row in attacked.rows}:
         why = f"{args.folder} and {args.against} have no input in common; attack what was certified"
     if why is not None:

@@ -37,7 +37,7 @@ def _to_log(args: argparse.Namespace) -> int:
     from certify.errors import CertifyError
     from certify.report import Run, summarize, tsv
     from certify.report.summary import measures_text
-    from certify.results import read_manifest, read_rows, write_atomically
+    from certify.results import foreign, read_manifest, read_rows, write_atomically
 
     if any(value is not None for value in (args.sigma, args.n, args.alpha, args.n0)):
         raise CertifyError("--sigma, --n, --alpha and --n0 say how a log was made; they are for --from")
@@ -54,6 +54,8 @@ def _to_log(args: argparse.Namespace) -> int:
         raise CertifyError(f"{args.source}: the radii are bounds on {measures_text([summary.norm])}, and whoever reads a log takes its radii for l2")
     if not found.rows:
         raise CertifyError(f"{args.source}: there are no results yet; run certify run first")
+    if strangers := foreign(args.source, found.manifest):
+        raise CertifyError(f"{args.source}: {strangers[0]}")
     if args.output.exists() and (not args.output.is_file() or args.output.read_bytes() != text.encode()):
         raise CertifyError(f"{args.output}: this is there already, and is something else; choose another -o, or delete it first")
     write_atomically(args.output, text)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+<<<<<<< HEAD
 import copy
+=======
+import dataclasses
+import functools
+>>>>>>> h_q3
 import math
 import pathlib
 import platform
@@ -21,7 +26,9 @@ if TYPE_CHECKING:
     from certify.bound import Bound
     from certify.data import Dataset
     from certify.graph import Graph
+    from certify.lipsdp import LipSDP
     from certify.margins import Margin
+    from certify.methods import LipschitzMethod
     from certify.models import Model
     from certify.singly import OneByOne
     from certify.smoothing.method import Smoothing
@@ -35,6 +42,7 @@ EPILOG = """examples:
 
 UNITS = "of the data, before any normalisation in the model"  # of the radii
 _GROUP = 64  # rows written at once
+_SOLVING = 0.9  # of the time that there is; the rest is for the rows
 Certify = Callable[[Sequence[int]], Iterator[Sequence[Mapping[str, Any]]]]
 
 
@@ -119,6 +127,7 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
     """Certify what is not yet in the folder, until a time of time.monotonic at the latest (what is begun is ended); says whether all is done."""
     from certify import data
     from certify.errors import CertifyError
+    from certify.results import done_before
     from certify.smoothing.noise.other import given
 
     _refuse_options_of_others(args)
@@ -131,11 +140,27 @@ def fill(args: argparse.Namespace, until: float = math.inf) -> bool:
             raise
         raise CertifyError(f"{error}; with --noise {args.noise} the network takes copies of shape {model.shape}, made of inputs of shape {shape}") from error
     selection = selection_of(args, len(dataset))
-    prepare = {"margin": _margin, "local": _local, "smoothing": _smoothing, "lowrank": _lowrank}[args.method]
-    facts, certify = prepare(args, model, dataset)
+    manifest = manifest_of(model, dataset, selection)
+    if done_before(args.output, _known(args, manifest)):
+        return True
+    prepare: dict[str, Callable[..., tuple[dict[str, Any], Certify]]] = {
+        "margin": functools.partial(_margin, until=until),
+        "local": _local,
+        "smoothing": _smoothing,
+        "lowrank": _lowrank,
+    }
+    facts, certify = prepare[args.method](args, model, dataset)
     note_labels(model, dataset, selection)
-    manifest = {**manifest_of(model, dataset, selection), **facts}
-    return fill_folder(args, manifest, certify, until)
+    return fill_folder(args, {**manifest, **facts}, certify, until)
+
+
+def _known(args: argparse.Namespace, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a folder's identity is settled before anything is computed: with proved margins, all of it."""
+    known = {key: manifest[key] for key in ("schema", "model", "data", "selection")}
+    if args.method != "margin":
+        return known
+    method = f"Margin({_lipschitz_method(args)!r})"
+    return {**known, "method": method, "norm": args.norm or "2", "guarantee": "proof", "seed": None, "smoothing": None}
 
 
 def fill_folder(args: argparse.Namespace, manifest: Mapping[str, Any], rows_of: Certify, until: float) -> bool:
@@ -168,24 +193,28 @@ def _refuse_options_of_others(args: argparse.Namespace) -> None:
             raise CertifyError(f"--{option} is for --method {method}, and the method is {args.method}; say which of the two is meant")
 
 
-def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:
+def _margin(args: argparse.Namespace, model: Model, dataset: Dataset, until: float) -> tuple[dict[str, Any], Certify]:
     """The proved bound, for the manifest, and what makes rows with it."""
     from certify.bound import assumed
-    from certify.cli.console import live
-    from certify.cli.lipschitz import bound_json, progress_text
-    from certify.errors import CertifyError
+    from certify.cli.console import note
+    from certify.cli.lipschitz import bound_json
     from certify.frequency import LipSDPFrequency
     from certify.graph import Graph
     from certify.lipsdp import LipSDP
     from certify.margins import Margin
-    from certify.methods import Layerwise, LipschitzMethod, lipschitz
+    from certify.methods import lipschitz
+    from certify.multipliers import ended_early, keep
 
-    if args.bound != "lipsdp" and args.norm not in (None, "2"):
-        raise CertifyError(f"--bound {args.bound} is from l2 only, got --norm {args.norm}; take --bound lipsdp")
-    with live() as say:
-        by_lipsdp = LipSDP(norm=float(args.norm or 2), report=lambda what, progress: say(progress_text(what, progress)))
-        methods: dict[str, LipschitzMethod] = {"layerwise": Layerwise(), "lipsdp": by_lipsdp, "frequency": LipSDPFrequency()}
-        bound = lipschitz(model.net, methods[args.bound], input_shape=model.shape)
+    made, solved, now = _lipschitz_method(args), False, time.monotonic()
+    if isinstance(made, LipSDP | LipSDPFrequency):
+        made = dataclasses.replace(made, until=now + _SOLVING * (until - now))
+    if isinstance(made, LipSDP):
+        bound, solved = _by_lipsdp(args, made, model)
+    else:
+        bound = lipschitz(model.net, made, input_shape=model.shape)
+    if ended_early(bound):
+        again = "; repeated, it goes on with these; another -o solves again" if args.bound == "lipsdp" else ""
+        note(f"{args.bound}: the time was over, or it was interrupted, before all was solved: what was reached is proved, and radii are smaller{again}")
     method, graph = Margin(bound), Graph.of(model.net, model.shape)
     facts = {
         "method": repr(method),
@@ -196,7 +225,44 @@ def _margin(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[d
         **assumed(bound.assumptions),
         "dtype": "weights as stored, evaluated in float64",
     }
-    return facts, lambda pending: (margin_rows(graph, dataset, method, group) for group in _groups(pending))
+
+    def certify(pending: Sequence[int]) -> Iterator[Sequence[Mapping[str, Any]]]:
+        """The rows; before the first of them, what the bound can be proved from again."""
+        if solved:
+            keep(bound, args.output)
+        for group in _groups(pending):
+            yield margin_rows(graph, dataset, method, group)
+
+    return facts, certify
+
+
+def _lipschitz_method(args: argparse.Namespace) -> LipschitzMethod:
+    from certify.errors import CertifyError
+    from certify.frequency import LipSDPFrequency
+    from certify.lipsdp import LipSDP
+    from certify.methods import Layerwise
+
+    if args.bound == "lipsdp":
+        return LipSDP(norm=float(args.norm or 2))
+    if args.norm not in (None, "2"):
+        raise CertifyError(f"--bound {args.bound} is from l2 only, got --norm {args.norm}; take --bound lipsdp")
+    return LipSDPFrequency() if args.bound == "frequency" else Layerwise()
+
+
+def _by_lipsdp(args: argparse.Namespace, method: LipSDP, model: Model) -> tuple[Bound, bool]:
+    """By the multipliers that lie in the folder, or by new ones, and whether they are new."""
+    from certify.cli.console import live, note
+    from certify.cli.lipschitz import progress_text
+    from certify.methods import lipschitz
+    from certify.multipliers import NAME, proved_again
+
+    found = proved_again(model.net, method, model.shape, args.output)
+    if found is not None:
+        note(f"lipsdp: the bound is proved again from {args.output / NAME}, and not solved for")
+        return found, False
+    with live() as say:
+        reporting = dataclasses.replace(method, report=lambda what, progress: say(progress_text(what, progress)))
+        return lipschitz(model.net, reporting, input_shape=model.shape), True
 
 
 def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[dict[str, Any], Certify]:

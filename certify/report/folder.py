@@ -13,7 +13,7 @@ from typing import Any
 
 from certify.errors import CertifyError
 from certify.report.summary import Run, lookup
-from certify.results import read_manifest
+from certify.results import read_manifest, run_of
 
 _TIMES = ("seconds",)  # what two rows of one input may differ in
 
@@ -32,11 +32,15 @@ def read(path: pathlib.Path) -> Run:
 
 
 def _rows(path: pathlib.Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows: dict[int, tuple[str, dict[str, Any]]] = {}
+    rows, run = dict[int, tuple[str, dict[str, Any]]](), run_of(manifest)
     for file in sorted(path.glob("part-*.jsonl")):
         for number, line in _lines(file):
             where = f"{file}, line {number}"
             row = _row(where, line, manifest)
+            if row.get("run", run) != run:
+                raise CertifyError(
+                    f"{where}: this is a row of the run {_short(row['run'])}, the manifest is of {run}; a folder has the rows of one run, take it out"
+                )
             before, known = rows.setdefault(row["index"], (where, row))
             if _timeless(known) != _timeless(row):
                 raise CertifyError(f"{where}: input {row['index']} has another row in {before}, and the two differ; delete the wrong one")

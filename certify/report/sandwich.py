@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from certify.report.summary import Run, lookup, norm_text, number, summarize
+from certify.results import model_identity
 
 _TOLERANCE = 1e-6  # relative; the weights of a layer may differ by some 1e-7 when they are computed by another BLAS
 _LONG = ("point", "seconds")
@@ -152,10 +153,10 @@ def _why(row: Mapping[str, Any], attack: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _model(run: Run) -> dict[str, Any] | None:
+def _model(run: Run) -> Any:
     """What the network depends on: the numbers, and how they were opened; where the file lies does not matter."""
     model = lookup(run.manifest, "model")
-    return {key: value for key, value in model.items() if key != "spec"} if isinstance(model, Mapping) and model.get("sha256") else None
+    return model_identity(model) if isinstance(model, Mapping) and model.get("sha256") else None
 
 
 def _text(row: Mapping[str, Any]) -> str:
