@@ -28,7 +28,7 @@ except ImportError:  # there are no such locks on Windows, and no folder is take
     fcntl = None  # type: ignore[assignment]
 
 SCHEMA = 1
-IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed", "smoothing")  # what must not change within a folder
+IDENTITY = ("schema", "model", "data", "method", "norm", "guarantee", "selection", "seed", "smoothing", "device")  # what must not change within a folder
 _CLOSE = 1e-9  # relative
 _TRIES, _WAIT = 40, 0.05  # for a lock that is held for some milliseconds; seconds
 _TIMES = ("seconds",)  # what a row may differ in when it is made again

@@ -115,6 +115,21 @@ def test_the_command_refuses_a_gpu_that_is_not_there(model, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main([*given, "--device", "cuda"]) == 2
     assert "--device is for --method smoothing" in capsys.readouterr().err
+    audit = ["audit", str(tmp_path / "net.pth"), "digits", "--arch", "mlp", "-o", str(tmp_path / "audit"), "--sigma", "0.2", "--device", "cuda"]
+    assert main(audit) == 2
+    assert "cannot use the device 'cuda' here" in capsys.readouterr().err
+    assert not (tmp_path / "audit").exists()
+
+
+def test_a_folder_is_of_one_device(model, tmp_path, capsys):
+    given = ["run", str(tmp_path / "net.pth"), "digits", "--arch", "mlp", "-o", str(tmp_path / "run"), *SMOOTHING]
+    assert main(given) == 0
+    file = tmp_path / "run" / "manifest.json"
+    stored = json.loads(file.read_text())
+    assert stored["device"] == "cpu"
+    file.write_text(json.dumps({**stored, "device": "cuda"}))
+    assert main(given) == 2
+    assert "the folder was started with device cuda, now it is cpu" in capsys.readouterr().err
 
 
 @GPU

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--levels", type=int, metavar="G", help="inputs are multiples of 1/G (default 255); 0: they are not, and noise is float")
     group.add_argument("--n", type=int, default=1000, metavar="N", help="noisy copies of each input (default 1000)")
     group.add_argument("--seed", type=int, default=0, help="of noise and attacks")
+    group.add_argument("--device", default="cpu", metavar="NAME", help="what the network runs on here: cpu (default), or a GPU: cuda, cuda:1")
     add_radii(parser)
     add_json(parser)
 
@@ -66,7 +67,7 @@ STAGES = {
     "lipsdp": Stage(2, "run", ("--method", "margin", "--bound", "lipsdp"), ("norm",)),
     "frequency": Stage(2, "run", ("--method", "margin", "--bound", "frequency")),
     "local": Stage(4, "run", ("--method", "local"), ("norm", "within")),
-    "smoothing": Stage(4, "run", ("--method", "smoothing"), ("sigma", "levels", "n", "seed")),
+    "smoothing": Stage(4, "run", ("--method", "smoothing"), ("sigma", "levels", "n", "seed", "device")),
 }
 NAMES = tuple(STAGES)
 
@@ -85,6 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     from certify.cli.console import note
     from certify.cli.inspect import certifiers
     from certify.cli.run import note_labels, selection_of, smoothing_of
+    from certify.device import usable
     from certify.errors import CertifyError
     from certify.results import OtherRun, writing
 
@@ -107,6 +109,7 @@ def _run(args: argparse.Namespace) -> int:
     if not chosen:
         raise CertifyError(f"{args.model}: no method applies that is not skipped; certify inspect names what stands in the way")
     if "smoothing" in chosen:
+        usable(args.device)
         smoothing_of(_arguments("smoothing", args), model.shape).procedure(model.shape).start(2)  # a sigma that is none is not to be found last
     with writing(args.output):
         args.output.mkdir(parents=True, exist_ok=True)

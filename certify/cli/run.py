@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-<<<<<<< HEAD
 import copy
-=======
 import dataclasses
 import functools
->>>>>>> h_q3
 import math
 import pathlib
 import platform
@@ -160,7 +157,7 @@ def _known(args: argparse.Namespace, manifest: Mapping[str, Any]) -> dict[str, A
     if args.method != "margin":
         return known
     method = f"Margin({_lipschitz_method(args)!r})"
-    return {**known, "method": method, "norm": args.norm or "2", "guarantee": "proof", "seed": None, "smoothing": None}
+    return {**known, "method": method, "norm": args.norm or "2", "guarantee": "proof", "seed": None, "smoothing": None, "device": manifest["device"]}
 
 
 def fill_folder(args: argparse.Namespace, manifest: Mapping[str, Any], rows_of: Certify, until: float) -> bool:
