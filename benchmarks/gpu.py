@@ -35,7 +35,7 @@ CHECKED = 2000  # copies whose bits are compared with numpy's
 class Size:
     """How much is done: the rest is the same for all."""
 
-    batch: int  # of noise
+    batch: int  # of noise: on a GPU many times what a launch costs
     copies: int  # of one image
     rounds: int
     product: int  # side of the matrices whose product says what the machine allows
@@ -135,7 +135,7 @@ def main() -> None:
     args = options.parse_args()
     device = usable(args.device)
     here = device.type == "cpu"
-    size = Size(64, 128, 1, 256) if here else Size(4096, 20_000, 3, 8192) if args.quick else Size(4096, 100_000, 5, 8192)
+    size = Size(64, 128, 1, 256) if here else Size(65_536, 20_000, 3, 8192) if args.quick else Size(65_536, 100_000, 5, 8192)
     torch.manual_seed(0)
     print("CPU" if here else torch.cuda.get_device_name(device))
     show([*bits(device), *noise(device, size), *certificates(device, size)], "seconds (median), or as the row says", args.json)
