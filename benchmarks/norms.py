@@ -7,10 +7,10 @@ of weights and the name of its architecture (`certify.models`). `reached` is `|A
 float64: never above the norm, and short of it by about 1e-6. The table says by how much each number exceeds it; one that is below it is no bound, whatever it
 claims.
 
-Ours takes every rounding in. Plain baselines: an SVD at each frequency of the same torus (numpy, float64), and 100 steps of power iteration. lip4conv, the
-code of the Gram iterations (Delattre et al. 2023, 2024) and of earlier bounds, is run from a checkout, orthogonium's `get_conv_sv` where it is installed; both
-in float32, as they are meant to be used. lip4conv knows no groups, and where there is a stride both mostly leave it out: the norm without it is a bound too, a
-loose one. Gram iterations for zero padding are left out where they take more than 1e12 operations.
+Ours takes every rounding in. Plain baselines: an SVD at each frequency of the torus that ours has for larger images (numpy, float64), and 100 steps of power
+iteration. lip4conv, the code of the Gram iterations (Delattre et al. 2023, 2024) and of earlier bounds, is run from a checkout, orthogonium's `get_conv_sv`
+where it is installed; both in float32, as they are meant to be used. lip4conv knows no groups, and where there is a stride both mostly leave it out: the norm
+without it is a bound too, a loose one. Gram iterations for zero padding are left out where they take more than 1e12 operations.
 """
 
 from __future__ import annotations

@@ -103,11 +103,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_baselines_of_the_benchmark_are_what_they_say(case):
+def test_the_baselines_of_the_benchmark_are_what_they_say(case, monkeypatch):
     proved, reached, each = norms.proved(case), norms.reached(case, 60), norms.each_frequency(case)
     assert reached <= proved * ROUNDING
     assert norms.power_iteration(case) <= proved * ROUNDING
-    assert each == pytest.approx(proved, rel=1e-9)
+    assert proved <= each * (1 + 1e-9)
+    monkeypatch.setattr(convolution, "_MATRIX", 0)
+    assert each == pytest.approx(norms.proved(case), rel=1e-9)
     if math.prod(case.shape) < 1000:
         assert norms.reached(case) == pytest.approx(matrix_norm(case.layer, case.shape), rel=1e-6)
 
