@@ -214,6 +214,30 @@ def test_a_lipschitz_constant_is_proved_recorded_and_proved_again(model, tmp_pat
     one_sentence(capsys, "votes")
 
 
+def test_a_distance_that_is_larger_than_needed_holds_and_a_smaller_one_does_not(model, tmp_path, capsys, monkeypatch):
+    """Folders of before have the worst rounding of a copy to the grid in place of the mean one."""
+    soft = ("--n", "400", "--limit", "8", "--sigma", "0.1", "--levels", "1024", "--scores", "softmax:0.3", "--lipschitz", "layerwise")
+    moved = certify.Smoothing._moved
+    with monkeypatch.context() as before:
+        before.setattr(certify.Smoothing, "_moved", lambda self, elements: moved(self, elements) * math.sqrt(3))
+        assert run(model, tmp_path / "old", *soft) == 0
+    assert run(model, tmp_path / "new", *soft) == 0
+    old, new = ([json.loads(line)["radius"] for line in results(tmp_path / name).splitlines()] for name in ("old", "new"))
+    assert all(a <= b for a, b in zip(old, new, strict=True))
+    assert sum(old) < 0.999 * sum(new)
+    assert main(["check", str(tmp_path / "old")]) == main(["check", str(tmp_path / "new")]) == 0
+    path = tmp_path / "new/manifest.json"
+    text = path.read_text()
+    manifest = json.loads(text)
+    for factor in (0.9, 1.1):  # radii are as stored with neither
+        path.write_text(json.dumps({**manifest, "smoothing": {**manifest["smoothing"], "distance": manifest["smoothing"]["distance"] * factor}}))
+        assert main(["check", str(tmp_path / "new")]) == 4
+    (tmp_path / "old/manifest.json").write_text(text)
+    capsys.readouterr()
+    assert main(["check", str(tmp_path / "old")]) == 4
+    assert "its counts give" in capsys.readouterr().out
+
+
 def test_a_run_that_left_a_torn_line_is_resumed(model, whole, tmp_path):
     assert run(model, tmp_path / "a", *LONG, "--shard", "0/2") == 0
     (part,) = (tmp_path / "a").glob("part-*")

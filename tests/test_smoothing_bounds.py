@@ -90,6 +90,22 @@ def test_scipy_is_as_accurate_as_is_relied_on_and_the_inversion_holds_to_40_digi
             assert alpha * (1 - 1e-8) < tail <= alpha
 
 
+def test_an_alpha_whose_tails_underflow_within_scipy_gives_no_bound():
+    """At 6.9e-288 of 1440 in 1465 betainc said 0 where the tail was 3e12 times alpha; down to 1e-200 it is as accurate as is relied on."""
+    rng, counts = np.random.default_rng(0), [(1440, 1465, 6.88034364090068e-288), (104839, 104851, 1.3e-299)]
+    for k, n, alpha in counts:
+        assert float(CP.lower(votes(k, n), alpha)) == 0
+        assert float(CP.upper(votes(n - k, n), alpha)) == 1
+    assert any(special.betainc(k, n - k + 1, p := special.betaincinv(k, n - k + 1, alpha)) < 0.5 * long_tail(k, n, float(p)) for k, n, alpha in counts)
+    for n in (20, 1465, 104851):
+        for missing in (0, 1, 7, 15):
+            alpha = 10 ** -rng.uniform(150, 199.9)
+            p = float(CP.lower(votes(n - missing, n), alpha))
+            assert alpha * (1 - 1e-8) < long_tail(n - missing, n, p) <= alpha
+    assert surely_certified(1000, 1000, 1e-3, 1e-250) == 0
+    assert 950 < surely_certified(1000, 1000, 1e-3, 1e-50) < 999
+
+
 @pytest.mark.parametrize("factor", [1 + 1e-6, 1.5, math.nan, 0.0])
 def test_what_scipy_inverts_is_proved_before_it_is_returned(monkeypatch, factor):
     """What scipy.special.betaincinv is off by is small; here it is off by more."""

@@ -184,7 +184,7 @@ def test_no_radius_is_below_that_of_two_steps_and_more_certainty_is_never_worse(
 
 def test_extreme_noise_gives_a_radius_without_a_warning():
     with np.errstate(all="raise", under="ignore"):
-        for sigma, tau in itertools.product((1e-300, 1e-30, 1e-3, 1e3, 1e30, 1e300), repeat=2):
+        for sigma, tau in itertools.product((1e-200, 1e-30, 1e-3, 1e3, 1e30, 1e200), repeat=2):
             noise = ContrastBrightness(sigma, tau)
             found = noise.radius(np.array([0.0, 0.5 + 1e-12, 0.9]))
             assert (found >= 0).all()
@@ -227,14 +227,35 @@ def test_chances_bend_no_more_than_they_are_said_to():
             assert (ends[0] + ends[2] - 2 * ends[1] > -most * step**2).all()
 
 
-def test_a_box_is_no_better_than_any_of_its_contrasts():
-    rng = np.random.default_rng(1)
-    for _ in range(25):
+def test_a_box_is_no_better_than_any_of_its_contrasts(monkeypatch):
+    """Also where few contrasts have to tell of all, and chords alone would not do."""
+    rng, above_chords = np.random.default_rng(1), 0
+    for case in range(40):
+        monkeypatch.setattr(contrast, "_ALL", -np.cos(np.linspace(0, math.pi, 19 if case < 15 else 4)))
         sigma, q = 10 ** rng.uniform(-1, 0.5), 10 ** rng.uniform(-5, -0.4, 2)
         box = Box(float(rng.uniform(0.1, 1.5) * min(sigma, 1.0)), float(sigma), float(rng.uniform(0, 2)))
-        k = np.linspace(-1, 1, 101) * box.contrast
+        k = np.linspace(-1, 1, 61) * box.contrast
         each = gained(q, k, np.abs(k) / sigma, box.shift).sum(axis=0)
         assert each.max() <= worst(q, box) * (1 + 1e-9)
+        few = gained(q, at := contrast._ALL * box.contrast, np.abs(at) / sigma, box.shift).sum(axis=0)
+        above_chords += (each > np.interp(k, at, few) * (1 + 1e-6)).any()
+    assert above_chords > 0
+
+
+def test_the_parabola_over_a_chord_is_the_least_that_bends_so(monkeypatch):
+    """A chance that bends as far as any may, between three contrasts: its own maximum is found; half the bend would miss it."""
+    box = Box(0.3, 0.7, 1.0)
+    most = 2 * math.sqrt(1 / (2 * box.sigma**4) + 2 / box.sigma**2 + 8)
+
+    def bent(k):
+        return 0.7 + 0.05 * k - most / 2 * (k + 0.07) ** 2
+
+    monkeypatch.setattr(contrast, "_sums", lambda chances, box, parts: bent(box.contrast * parts))
+    for parts in ([-1.0, 0.0, 1.0], [-1.0, -0.3, 1.0], [-1.0, -0.9, 0.9, 1.0]):
+        monkeypatch.setattr(contrast, "_ALL", np.array(parts))
+        exact = optimize.minimize_scalar(lambda k: -bent(k), bounds=(-0.3, 0.3), method="bounded", options={"xatol": 1e-9})
+        assert worst(np.array([0.1]), box) == pytest.approx(-exact.fun, abs=1e-7)
+        assert worst(np.array([0.1]), box) >= -exact.fun
 
 
 class Worst(torch.nn.Module):

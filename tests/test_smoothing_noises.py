@@ -258,6 +258,10 @@ def test_timesteps_meet_those_of_the_released_models():
     [
         (lambda: Laplace(0.0), "scale is a positive"),
         (lambda: Uniform(-1.0), "half_width is a positive"),
+        (lambda: UniformLinf(1e308, 10), "half_width is a positive, finite number, from 1e-200 to 1e200"),  # its radii would be inf
+        (lambda: Laplace(1e308), "scale is a positive"),
+        (lambda: Gaussian(1e-310), "sigma is a positive"),  # its radii would have a few digits, rounded either way
+        (lambda: Gaussian(math.nan), "sigma is a positive"),
         (lambda: UniformLinf(1.0, 0), "dimension is a whole number"),
         (lambda: GaussianLinf(1.0, 2.5), "dimension is a whole number"),
         (lambda: Ablation(0, 10), "keep is a whole number"),

@@ -290,11 +290,11 @@ def _against(certified: Run, attacked: Run, model: Model, dataset: Dataset) -> t
 
 def _counts(manifest: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], model: Model, dataset: Dataset, advance: Advance) -> tuple[str, list[str]]:
     """Each certificate from the counts that it claims to follow from. That the counts are those of the model is not looked at."""
-    from certify.smoothing.rows import contradictions, differences, method_of, off_grid
+    from certify.smoothing.rows import as_stored, contradictions, differences, method_of, off_grid
 
     stored, pair = lookup(manifest, "smoothing", "lipschitz"), lookup(manifest, "smoothing", "pair")
     method, wrong = _with_lipschitz(method_of(manifest), stored, pair, model)
-    procedure = method.procedure(dataset.inputs.shape[1:])
+    procedure = as_stored(method.procedure(dataset.inputs.shape[1:]), manifest)
     selected, wrong = set(manifest["selection"]), [*wrong, *differences(manifest, method, procedure)]
     for row in rows:
         index = row["index"]

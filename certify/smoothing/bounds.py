@@ -22,6 +22,7 @@ Counts = NDArray[np.int64]
 
 # What is relied on, tested against exact rational numbers and 40-digit mpmath in tests/test_smoothing_bounds.py:
 _TAIL = 1e-9  # scipy.special.betainc has a smaller relative error than this at the tails that are inverted here (measured: 3e-12 for n <= 1e7)
+_SMALLEST = 1e-200  # smaller tails are not asked of betainc: it underflows within (measured: 0 in place of 1e-253)
 _FLAT = 1e-14  # closed forms whose terms are at most 1: their rounding error, absolute (some ten operations of 2^-53 each)
 
 
@@ -168,7 +169,7 @@ class ClopperPearson(ConfidenceBound):
     """The exact bound for votes: the largest p with `P(Bin(n, p) >= k) <= alpha` (Clopper & Pearson 1934).
 
     scipy.special.betaincinv proposes p (its tail exceeds alpha by up to 8e-7 relative, measured at n = 1e7). p is accepted where the tail, evaluated at p
-    itself, is at most `alpha (1 - 1e-9)`, and moved down until it is. Raises CertifyError for scores that are not votes.
+    itself, is at most `alpha (1 - 1e-9)`, and moved down until it is. 0 for alpha below 1e-200. Raises CertifyError for scores that are not votes.
     """
 
     def _lower(self, scores: Moments, alpha: float, before: Moments) -> Array:
@@ -176,6 +177,8 @@ class ClopperPearson(ConfidenceBound):
 
 
 def _clopper_pearson(k: Array, n: int, alpha: float) -> Array:
+    if alpha < _SMALLEST:
+        return np.zeros(k.shape)
     a, b = np.maximum(k, 1), np.minimum(n - k + 1, n)
     p = np.where(k > 0, np.nan_to_num(special.betaincinv(a, b, alpha * (1 - 2 * _TAIL))), 0.0)
     step = np.spacing(p)
@@ -335,7 +338,7 @@ def surely_certified(certified: int, inputs: int, alpha: float, failure: float) 
     if not 0 <= certified <= inputs:
         raise CertifyError(f"of {inputs} inputs from 0 to {inputs} are certified, got {certified}")
     beyond = special.betainc(np.arange(1, inputs + 1), np.arange(inputs, 0, -1), alpha)  # P(more than 0, 1, ... are false)
-    false = int(np.count_nonzero(beyond > failure * (1 - _TAIL)))
+    false = int(np.count_nonzero(beyond > failure * (1 - _TAIL))) if failure >= _SMALLEST else inputs
     return max(certified - false, 0)
 
 

@@ -132,7 +132,7 @@ class Smoothing(RobustnessMethod):
             raise CertifyError(f"{self.noise!r} is for inputs of {self.noise.dimension} entries, these have the shape {shape}")
         if (moved := self._moved(int(np.prod(shape)))) >= 0.5:
             raise CertifyError(
-                f"half a step on the grid of {self.levels} levels in each of {np.prod(shape)} entries moves scores by up to {moved:.3g}, by their "
+                f"rounding to the grid of {self.levels} levels in each of {np.prod(shape)} entries moves mean scores by up to {moved:.3g}, by their "
                 "Lipschitz constant, so they certify nothing; take more levels (or none: levels=None, --levels 0), a larger temperature, or no constant"
             )
         bound = self.bound or (ClopperPearson() if isinstance(self.scores, Hardmax) else EmpiricalBernstein())
@@ -142,8 +142,8 @@ class Smoothing(RobustnessMethod):
         """How far p_A and p_B of the copies may be from those of the classifier that the radius is of.
 
         The law of the grid is that far from that of the noise. The Lipschitz-aware radius is for scores that are Lipschitz: those counted are within
-        4 / UNIT of them, for they are in fixed point (2 / UNIT) and made of rounded logits, and within `L sqrt(elements) / (2 levels)`, for a grid moves every
-        entry by half a step at most.
+        4 / UNIT of them, for they are in fixed point (2 / UNIT) and made of rounded logits, and the mean of those on a grid is within `_moved` of the mean
+        under the noise.
         """
         copies = self.copies
         distance = 0.0
@@ -154,10 +154,14 @@ class Smoothing(RobustnessMethod):
         return distance if distance == 0 else math.nextafter(distance, math.inf)
 
     def _moved(self, elements: int) -> float:
-        """How far scores that are Lipschitz may be moved by the grid."""
+        """How far the mean of scores that are Lipschitz may be moved by the grid: `L E|u| / levels`, u what rounding N(0, s^2) in each entry changes.
+
+        E|u| <= sqrt(elements E u_1^2), and E u_1^2 = 1/12 + sum_n (-1)^n e^(-2 pi^2 n^2 s^2) / (pi n)^2 <= 1/12, by the Fourier series of the square of the
+        distance to whole numbers: its terms fall, and the first is negative.
+        """
         if self.lipschitz is None or self.levels is None:
             return 0.0
-        return self.scores.lipschitz(self.lipschitz).value * math.sqrt(elements) / (2 * self.levels)
+        return self.scores.lipschitz(self.lipschitz).value * math.sqrt(elements / 12) / self.levels
 
     @property
     def norm(self) -> float | None:

@@ -24,9 +24,9 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(40)
 
 
 def check_sigma(sigma: float, name: str = "sigma") -> None:
-    """Raises CertifyError unless it is a positive, finite number."""
-    if not (sigma > 0 and math.isfinite(sigma)):
-        raise CertifyError(f"{name} is a positive, finite number, got {sigma}")
+    """Raises CertifyError unless it is a positive number with which no radius overflows, and none loses digits next to 0."""
+    if not 1e-200 <= sigma <= 1e200:
+        raise CertifyError(f"{name} is a positive, finite number, from 1e-200 to 1e200, got {sigma}")
 
 
 def probabilities(p_lower: ArrayLike, p_upper: ArrayLike | None) -> tuple[Array, Array]:

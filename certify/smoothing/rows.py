@@ -172,6 +172,13 @@ def _value(node: ast.expr) -> Any:
     return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else parse(ast.unparse(node))
 
 
+def as_stored(procedure: Procedure, manifest: Mapping[str, Any]) -> Procedure:
+    """With the distance that a run stored, where that is more than is needed: its radii are smaller then, and hold."""
+    settings = manifest.get("smoothing")
+    stored = settings.get("distance") if isinstance(settings, Mapping) else None
+    return dataclasses.replace(procedure, distance=stored) if isinstance(stored, float) and procedure.distance < stored < 1 else procedure
+
+
 def differences(manifest: Mapping[str, Any], method: Smoothing, procedure: Procedure) -> list[str]:
     """What a manifest says of its method and the method itself does not."""
     stored = manifest.get("smoothing")
