@@ -130,10 +130,10 @@ def _solved(system: LureSystem, start: Array | None, options: _Options) -> Solut
 
 
 def _alive(system: LureSystem) -> NDArray[np.bool_]:
-    """Which nonlinearities can change at all: the others have no row, or rows over such only. They make the program unbounded in their multipliers."""
+    """Which nonlinearities can change at all: the others have no row but for rounding, or rows over such only. They make the program unbounded."""
     alive = np.ones(system.count, dtype=bool)
     known = np.zeros_like(system.rows) if system.rows_error is None else system.rows_error
-    moved = (system.rows != 0) | (known != 0)
+    moved = np.abs(system.rows) > known
     while True:
         keep = np.concatenate([np.ones(system.inputs, dtype=bool), alive])
         found = alive & moved[:, keep].any(axis=1)
