@@ -92,7 +92,8 @@ def lipsdp(
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
-    return _solution(system, start, _Options(solver, norm, multipliers, tolerance, seconds, report, descend))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of proposals; what is not finite is not proved
+        return _solution(system, start, _Options(solver, norm, multipliers, tolerance, seconds, report, descend))
 
 
 def _solution(system: LureSystem, start: Array | None, options: _Options) -> Solution:
@@ -193,6 +194,8 @@ def _propose(
     if solver == "split":
         return _split(chain, goal, tolerance, seconds, report)
     t = closed_form(system)
+    if t is None:
+        raise AssertionError("the closed form of a system was there, and is not; please report this")
     parts, claimed = options.descend(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
     return Proposal(chain.spread(parts), claimed, "first order", 0, math.inf, time.perf_counter() - began)
 
@@ -205,7 +208,7 @@ def _split(chain: Chain, goal: Program, tolerance: float, seconds: float, report
         program_of = program(system)
         inside = feasible(system, program_of)
         if inside is None:
-            raise AssertionError("a part of a feed-forward network has no closed form; please report this")
+            return Proposal(np.zeros(goal.count), math.inf, "infeasible", 0, math.inf, time.perf_counter() - began)
         left = max(seconds - (time.perf_counter() - began), 0.0)
         found = newton(program_of, inside, tolerance=tolerance, seconds=left, report=report)
         solutions.append((found.multipliers * (1 + 1e-9), found.claimed**2 * (1 + 1e-8)))
