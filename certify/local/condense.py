@@ -113,7 +113,7 @@ def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
     if not (program.growth <= _GROWTH and largest <= _REACH):
         raise CertifyError(
             f"float64 cannot follow this network here: the absolute values of its weights multiply a change by up to {program.growth:.1e}, and its inputs and "
-            f"biases reach {largest:.1e}; at most {_GROWTH:.1e} and {_REACH:.1e} can be bounded; rescale the weights"
+            f"biases reach {largest:.1e}; at most {_GROWTH:.1e} and {_REACH:.1e} can be bounded; rescale the weights, or take a smaller region"
         )
 
 
