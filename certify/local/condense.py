@@ -59,6 +59,11 @@ class Condensed:
         gates, inputs = self.rounding(largest)
         return dataclasses.replace(self, slack_gates=torch.fmin(self.slack_gates, gates), slack_inputs=torch.fmin(self.slack_inputs, inputs))
 
+    def along(self, free: Tensor) -> Condensed:  # (inputs,) of 0 and 1
+        """The same with Jacobians of changes of some entries, where no other entry of an input of the region changes: `d` is 0 there."""
+        layers = tuple(dataclasses.replace(layer, inputs=layer.inputs * free) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers, inputs=self.inputs * free, slack_inputs=self.slack_inputs * free)
+
     @property
     def undecided(self) -> int:
         """How many gates are left."""
