@@ -118,6 +118,8 @@ NETS = {
     "average": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), nn.AdaptiveAvgPool2d((5, 2))), (2, 6, 7)),
     "divisor": (lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1, divisor_override=2), nn.Hardtanh(-0.2, 0.7)), (2, 6, 7)),
     "largest": (lambda: nn.Sequential(nn.MaxPool2d(2, 3, 1, dilation=2, ceil_mode=True), nn.ReLU6(inplace=True)), (2, 6, 7)),
+    "largest1": (lambda: nn.Sequential(nn.MaxPool1d(3, 2, 1, ceil_mode=True), nn.Tanh()), (2, 6)),
+    "largest3": (lambda: nn.Sequential(nn.MaxPool3d((2, 1, 2), (1, 2, 2), (1, 0, 0)), nn.ReLU()), (2, 2, 3, 4)),
     "pads": (lambda: nn.Sequential(nn.ConstantPad2d((1, -1, 0, 2), 3.5), nn.ReflectionPad2d(1), nn.ReplicationPad2d(1), nn.CircularPad2d(1)), (1, 4, 4)),
     "shuffle": (lambda: nn.Sequential(nn.PixelShuffle(2), nn.Flatten(), nn.Unflatten(1, (6, 8)), nn.Linear(8, 3), nn.Tanh()), (4, 3, 4)),
     "sorts": (lambda: nn.Sequential(nn.Conv2d(1, 10, 2), lipnet.GroupSort(5), lipnet.Householder(10)), (1, 4, 3)),
