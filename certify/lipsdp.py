@@ -37,7 +37,7 @@ class LipSDP(LipschitzMethod):
     have there, and what does not bend there is eliminated. `pairs` bounds each difference of two outputs by a program of its own, which gives larger radii than
     `sqrt(2) L`; with `pairs=False` that is what stands in their place. MaxMin, GroupSort, Householder and max pools are one ReLU per comparator, which is never
     looser than the constraints published for them (Pauli et al. 2024). Whatever the solver says, the bound is what `sdp.prove` proves from its multipliers, and
-    never above the product of the layers. Ctrl-C ends the solver, and what it reached is proved.
+    never above the product of the layers (from l-infinity, times the root of the number of inputs). Ctrl-C ends the solver, and what it reached is proved.
     """
 
     solver: str = "newton"  # see sdp.lipsdp
@@ -90,11 +90,10 @@ class LipSDP(LipschitzMethod):
         wired = Lowering(graph, domain).run()
         found = _Solved(self, wired)
         value = found.value()
-        if not math.isfinite(value) and self.norm != 2:
-            raise CertifyError(f"no multipliers could be proved ({found.status}); take another solver, or l2")
-        used = min(value, layers.value) if self.norm == 2 else value
+        product = multiply_up(up(math.sqrt(wired.system.inputs)), layers.value) if self.norm == math.inf else layers.value
+        used = min(value, product)
         pairs = found.pairs(used) if len(wired.system.output) > 1 else None
-        if pairs is not None and layers.pairs is not None and self.norm == 2:
+        if pairs is not None and layers.pairs is not None and self.norm != math.inf:
             pairs = np.minimum(pairs, layers.pairs)
         return Bound(
             value=used,
@@ -116,7 +115,7 @@ class LipSDP(LipschitzMethod):
                 "proposals": found.proposals,
                 "proof": (value, np.array(found.all_multipliers) if self.norm == 1 else found.multipliers),
             },
-            parts=layers.parts if used < value else (),
+            parts=layers.parts if used < value and self.norm != math.inf else (),
             pairs=pairs,
         )
 

@@ -28,7 +28,7 @@ def largest_singular_value(
 
     The largest eigenvalue of the smaller Gram matrix is proposed by LAPACK and proved by a shifted Cholesky factorisation (sdp.proof); the rounding of
     the Gram matrix is at most `gamma_{k+1} |W|'|W|`, entry by entry. Excess over the true norm: about 1e-11 at 200 columns.
-    Raises CertifyError for NaN or infinite entries.
+    Raises CertifyError for NaN or infinite entries, and for a norm beyond float64.
     """
     if not np.isfinite(matrix).all():
         raise CertifyError("a weight holds NaN or infinite numbers; load weights that are finite")
@@ -44,7 +44,10 @@ def largest_singular_value(
     value = sdp.largest_eigenvalue((gram + gram.T) / 2, error)
     if not math.isfinite(value):
         raise CertifyError("the spectral norm of a weight could not be proved; please report this")
-    return math.nextafter(math.nextafter(math.sqrt(value), math.inf) / scale, math.inf)
+    found = math.nextafter(math.nextafter(math.sqrt(value), math.inf) / scale, math.inf)
+    if not math.isfinite(found):
+        raise CertifyError("a weight holds numbers so large that its norm is not a float64; load weights that are smaller")
+    return found
 
 
 def pair_distances(

@@ -130,7 +130,8 @@ def first_order(
     """Better multipliers by L-BFGS on the logarithms of t, and L: only matrices of the size of a layer, every iterate feasible.
 
     `X_0 = I`, `S_i = X_{i-1} + 2 W' diag(a b t) W`, `X_i = 2 diag(t) - R S_i^-1 R'`, `R = diag((a + b) t) W`, and `L^2 = |W_L X_L^-1 W_L'|`, smoothed as the
-    Schatten norms of the given powers. A step to where some X is not positive definite is refused. The multipliers returned are those for `rho = L^2`.
+    Schatten norms of the given powers. A step to where some X is not positive definite is refused. The multipliers returned are those for `rho = L^2`, or the
+    start where L is no float64 there.
     """
     sizes = [len(part) for part in start]
     best, logs = math.inf, xp.log(xp.concatenate(list(start)))
@@ -146,7 +147,8 @@ def first_order(
             best, kept = exact, logs
         if stop(best):
             break
-    return [part * best**2 for part in _split(xp.exp(kept), sizes)], best
+    factor = best**2 if best < 1e150 else 1.0
+    return [part * factor for part in _split(xp.exp(kept), sizes)], best
 
 
 def _split(vector: Any, sizes: Sequence[int]) -> list[Any]:
@@ -202,6 +204,8 @@ def _device(like: Any) -> dict[str, Any]:
 def _lbfgs(function: Callable[[Any], tuple[float, Any]], point: Any, iterations: int, stop: Callable[[float], bool], xp: Any, memory: int = 20) -> Any:
     """Minimise a function that is inf outside its domain, by L-BFGS with a step that is halved until it pays."""
     value, gradient = function(point)
+    if gradient is None:
+        return point
     pairs: list[tuple[Any, Any]] = []
     history = [value]
     for _ in range(iterations):

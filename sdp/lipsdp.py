@@ -92,7 +92,8 @@ def lipsdp(
     """
     if multipliers not in MULTIPLIERS:
         raise ValueError(f"multipliers are one per 'neuron' or one per 'layer', got {multipliers!r}; couplings of neurons ('network') are not sound")
-    return _solution(system, start, _Options(solver, norm, multipliers, tolerance, seconds, report, descend))
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # of proposals; what is not finite is not proved
+        return _solution(system, start, _Options(solver, norm, multipliers, tolerance, seconds, report, descend))
 
 
 def _solution(system: LureSystem, start: Array | None, options: _Options) -> Solution:
@@ -130,10 +131,10 @@ def _solved(system: LureSystem, start: Array | None, options: _Options) -> Solut
 
 
 def _alive(system: LureSystem) -> NDArray[np.bool_]:
-    """Which nonlinearities can change at all: the others have no row, or rows over such only. They make the program unbounded in their multipliers."""
+    """Which nonlinearities can change at all: the others have no row but for rounding, or rows over such only. They make the program unbounded."""
     alive = np.ones(system.count, dtype=bool)
     known = np.zeros_like(system.rows) if system.rows_error is None else system.rows_error
-    moved = (system.rows != 0) | (known != 0)
+    moved = np.abs(system.rows) > known
     while True:
         keep = np.concatenate([np.ones(system.inputs, dtype=bool), alive])
         found = alive & moved[:, keep].any(axis=1)
@@ -193,6 +194,8 @@ def _propose(
     if solver == "split":
         return _split(chain, goal, tolerance, seconds, report)
     t = closed_form(system)
+    if t is None:
+        raise AssertionError("the closed form of a system was there, and is not; please report this")
     parts, claimed = options.descend(chain, [t[place] for place in chain.places], stop=lambda _: time.perf_counter() - began > seconds)
     return Proposal(chain.spread(parts), claimed, "first order", 0, math.inf, time.perf_counter() - began)
 
@@ -205,7 +208,7 @@ def _split(chain: Chain, goal: Program, tolerance: float, seconds: float, report
         program_of = program(system)
         inside = feasible(system, program_of)
         if inside is None:
-            raise AssertionError("a part of a feed-forward network has no closed form; please report this")
+            return Proposal(np.zeros(goal.count), math.inf, "infeasible", 0, math.inf, time.perf_counter() - began)
         left = max(seconds - (time.perf_counter() - began), 0.0)
         found = newton(program_of, inside, tolerance=tolerance, seconds=left, report=report)
         solutions.append((found.multipliers * (1 + 1e-9), found.claimed**2 * (1 + 1e-8)))

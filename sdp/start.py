@@ -25,12 +25,20 @@ def levels(system: LureSystem) -> NDArray[np.int64]:  # (nonlinearities,) intege
     return found
 
 
-def closed_form(system: LureSystem) -> Array:  # (nonlinearities,)
+def closed_form(system: LureSystem) -> Array | None:  # (nonlinearities,)
     """One multiplier for each level of an explicit system, level by level, feasible with `rho = 1` on the input and no output.
 
     With X the matrix of the signals so far and `lambda = |V X^-1 V'|`, V the rows of a level with slopes in [a, b], the Schur complement of the level's block
-    is at least `2 t - (a + b)^2 t^2 lambda / (1 + 2 a b t lambda)`, and t makes that largest: `t = 1 / lambda` for a ReLU.
+    is at least `2 t - (a + b)^2 t^2 lambda / (1 + 2 a b t lambda)`, and t makes that largest: `t = 1 / lambda` for a ReLU. None where float64 has no room for
+    it.
     """
+    try:
+        return _closed_form(system)
+    except (np.linalg.LinAlgError, OverflowError, ValueError):  # the last of scipy, for numbers that are not finite
+        return None
+
+
+def _closed_form(system: LureSystem) -> Array:
     inputs, level = system.inputs, levels(system)
     multipliers = np.zeros(system.count)
     left, right = factors(system)

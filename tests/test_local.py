@@ -139,6 +139,31 @@ def test_bounds_grow_with_the_region() -> None:
     assert values[-1] > values[0]
 
 
+@pytest.mark.parametrize("name", ["relu", "smooth"])
+@pytest.mark.parametrize("how", ["auto", "crown", "interval"])
+def test_entries_that_are_held_do_not_count(name: str, how: str) -> None:
+    """Along one entry the constant is the steepest slope in it, within what the method loses; the other slopes are ten times that here."""
+    net, shape = network(name)
+    net = nn.Sequential(nn.Linear(6, 6), net).double().eval()
+    net[0].weight.data = torch.diag(torch.tensor([10.0, 10.0, 1.0, 10.0, 10.0, 10.0]).double())
+    low = torch.randn(6, dtype=torch.float64)
+    high = low + 0.1 * torch.eye(6, dtype=torch.float64)[2]
+    seen = jacobians(net, low + torch.linspace(0, 1, 50, dtype=torch.float64)[:, None] * (high - low))[:, :, 2]
+    for norm, exact in ((1, seen.norm(dim=1)), (2, seen.norm(dim=1)), (math.inf, seen.abs().amax(1))):
+        bound = certify.lipschitz(net, certify.Local(norm=norm, how=how), input_shape=shape, domain=certify.Box(low, high))
+        assert bound.value >= float(exact.max())
+        assert bound.value <= 1.5 * float(exact.max())
+        assert bound.pairs is not None
+        assert (bound.pairs >= (seen[:, :, None] - seen[:, None]).abs().amax(0).numpy()).all()
+
+
+def test_a_box_of_one_input_has_its_whole_jacobian() -> None:
+    net, shape = network("relu")
+    x = torch.randn(6, dtype=torch.float64)
+    bound = certify.lipschitz(net, certify.Local(norm=2), input_shape=shape, domain=certify.Box(x, x))
+    assert bound.value == pytest.approx(float(torch.linalg.matrix_norm(jacobians(net, x[None])[0], 2)), rel=1e-9)
+
+
 def test_refusals() -> None:
     class Product(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

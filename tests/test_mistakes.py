@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import re
@@ -91,7 +92,23 @@ MISTAKES = {
     "domain": (lambda net, x: certify.lipschitz(net, input_shape=(6,), domain=(x[0], 0.1)), "a domain is a value such as certify.Ball"),
     "size of a ball": (
         lambda net, x: certify.lipschitz(net, certify.Local(), input_shape=(6,), domain=certify.Ball(x[0, :5], 0.1)),
-        "of 6 inputs, got Ball of 5 in l2$",
+        "of 6 inputs, got a Ball of 5 of radius 0.1 in l2$",
+    ),
+    "endless box": (
+        lambda net, x: certify.lipschitz(net, certify.Local(), input_shape=(6,), domain=certify.Box([0.0] * 6, [math.inf] * 6)),
+        "on a finite Box, .* got a Box of 6 without an end",
+    ),
+    "endless box of LipSDP": (
+        lambda net, x: certify.lipschitz(net, certify.LipSDP(), input_shape=(6,), domain=certify.Box([-math.inf] * 6, [math.inf] * 6)),
+        "on a Box of finite numbers, got one without an end; .* leave the domain out",
+    ),
+    "endless ball": (
+        lambda net, x: certify.lipschitz(net, certify.LipSDP(), input_shape=(6,), domain=certify.Ball(x[0], math.inf)),
+        "of finite radius in l1, l2 or l-infinity, got the radius inf in l2",
+    ),
+    "ball in l3": (
+        lambda net, x: certify.lipschitz(net, certify.LipSDP(), input_shape=(6,), domain=certify.Ball(x[0], 1.0, 3)),
+        "got the radius 1 in l3",
     ),
     "ball of words": (lambda net, x: certify.Ball("middle", 0.1), "has an array or a tensor of numbers in it, got a str"),
     "box": (lambda net, x: certify.Box(x[0], x), "a Box needs low <= high"),

@@ -256,6 +256,12 @@ def test_entries_of_very_different_size():
     assert 1e300 <= largest_singular_value(matrix) <= 1e300 * (1 + 1e-9)
 
 
+def test_a_norm_beyond_float64_is_refused():
+    assert largest_singular_value(np.full((2, 2), 8e307)) >= 1.6e308
+    with pytest.raises(CertifyError, match="its norm is not a float64"):
+        largest_singular_value(np.full((2, 2), 1e308))
+
+
 @pytest.mark.parametrize("entry", [5e-324, 1e-310, 2.0**-1024])
 def test_subnormal_matrices(entry):
     found = largest_singular_value(np.array([[entry, 0.0], [0.0, entry]]))

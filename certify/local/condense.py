@@ -59,6 +59,11 @@ class Condensed:
         gates, inputs = self.rounding(largest)
         return dataclasses.replace(self, slack_gates=torch.fmin(self.slack_gates, gates), slack_inputs=torch.fmin(self.slack_inputs, inputs))
 
+    def along(self, free: Tensor) -> Condensed:  # (inputs,) of 0 and 1
+        """The same with Jacobians of changes of some entries, where no other entry of an input of the region changes: `d` is 0 there."""
+        layers = tuple(dataclasses.replace(layer, inputs=layer.inputs * free) for layer in self.layers)
+        return dataclasses.replace(self, layers=layers, inputs=self.inputs * free, slack_inputs=self.slack_inputs * free)
+
     @property
     def undecided(self) -> int:
         """How many gates are left."""
@@ -113,7 +118,7 @@ def _check_scale(program: Program, region: Region, *rows: Tensor) -> None:
     if not (program.growth <= _GROWTH and largest <= _REACH):
         raise CertifyError(
             f"float64 cannot follow this network here: the absolute values of its weights multiply a change by up to {program.growth:.1e}, and its inputs and "
-            f"biases reach {largest:.1e}; at most {_GROWTH:.1e} and {_REACH:.1e} can be bounded; rescale the weights"
+            f"biases reach {largest:.1e}; at most {_GROWTH:.1e} and {_REACH:.1e} can be bounded; rescale the weights, or take a smaller region"
         )
 
 

@@ -31,6 +31,10 @@ class Entries:
     high: Tensor
     sums: Tensor  # (rows,)
 
+    def along(self, free: Tensor) -> Entries:  # (inputs,) of 0 and 1
+        """Of changes of some entries, where no other entry of an input of the region changes."""
+        return Entries(self.low * free, self.high * free, self.sums)
+
     @property
     def range(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest entries."""

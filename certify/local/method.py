@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from certify.bound import Array, Assumption, Ball, Bound, Domain, Everywhere
+from certify.bound import Array, Assumption, Ball, Bound, Box, Domain, Everywhere
 from certify.errors import CertifyError, Unsupported
 from certify.graph import Graph
 from certify.local import _lirpa
@@ -49,6 +49,8 @@ class Local(LipschitzMethod):
     difference of any two outputs on its own. In float64, with the rounding of every step added; from l2 to l2 never above the product of the layers, where that
     is known. `alpha_steps` are spent on lines below the gates of ReLU that decide more of them (alpha-CROWN, Xu et al. 2021). `memory`, in GiB, is for what is
     kept of the undecided gates. Raises CertifyError where that is not enough.
+
+    Entries of a Box that are one number are held there: the constant is for changes of the others, such as of one feature.
 
     `how="crown"` bounds row by row; "sdp", from l2, by LipSDP among the undecided gates too, which is smaller, and takes seconds from 300 of them on.
     `how="complete"`, for gates of two linear pieces, decides them one by one (branch and bound) until the constant of each output meets an example, or
@@ -93,18 +95,19 @@ class Local(LipschitzMethod):
             raise CertifyError(f"how='sdp' bounds networks from l2, got norm={norm:g}; take how='crown'")
         program = program_of(graph)
         region = Region.of(domain, math.prod(graph.input_shape))
+        free = _free(domain, len(region.center))
         single = torch.eye(program.outputs, dtype=torch.float64)
         differences = list(itertools.combinations(range(program.outputs), 2)) if self.pairs else []
         rows = torch.cat([single, *(single[i : i + 1] - single[j : j + 1] for i, j in differences)])
         limit = limit_of(self.memory)
         if self.backend == "own":
-            value, of_rows, evidence = self._own(program, region, rows, norm)
+            value, of_rows, evidence = self._own(program, region, rows, norm, free)
         else:
-            foreign = _lirpa.bound_jacobian(program, graph.double, domain, rows, limit)
+            foreign = _lirpa.bound_jacobian(program, graph.double, domain, rows, limit).along(free)
             of_rows, evidence = foreign.row_norms(DUAL[norm]), {"how": "auto_LiRPA"}
             value = _of_network(foreign, of_rows, program.outputs, norm)
         layers = _layerwise(graph)
-        everywhere = math.inf if layers is None else multiply_up(up(math.sqrt(len(region.center))), layers.value) if norm == math.inf else layers.value
+        everywhere = math.inf if layers is None else multiply_up(up(math.sqrt(int(free.sum()))), layers.value) if norm == math.inf else layers.value
         used = min(value, everywhere)
         return Bound(
             value=used,
@@ -117,7 +120,7 @@ class Local(LipschitzMethod):
             pairs=_pairs(used, of_rows[program.outputs :].numpy(), differences, program.outputs, norm),
         )
 
-    def _own(self, program: Program, region: Region, rows: Tensor, norm: float) -> tuple[float, Tensor, dict[str, Any]]:
+    def _own(self, program: Program, region: Region, rows: Tensor, norm: float, free: Tensor) -> tuple[float, Tensor, dict[str, Any]]:
         """Of the network, of each row, and what is to be known of them."""
         limit, most = limit_of(self.memory), _MANY if self.how == "auto" else math.inf
         try:
@@ -127,8 +130,9 @@ class Local(LipschitzMethod):
                 raise
             condensed = None
         if condensed is not None:
-            return self._among(condensed, program.outputs, norm)
+            return self._among(condensed.along(free), program.outputs, norm)
         entries, gates, undecided = by_intervals(program, region, rows)
+        entries = entries.along(free)
         of_rows = entries.row_norms(DUAL[norm])
         return _of_network(entries, of_rows, program.outputs, norm), of_rows, {"gates": gates, "undecided": undecided, "how": "interval"}
 
@@ -152,6 +156,13 @@ class Local(LipschitzMethod):
         elif how == "complete" and few:
             value = min(value, spectral_bound(jacobian.condensed, slice(outputs)).bound)
         return value, of_rows, evidence
+
+
+def _free(domain: Domain, inputs: int) -> Tensor:  # (inputs,) of 0 and 1
+    """Which entries are not the same in all inputs of a Box; all of them in a Ball, and in a Box of one input, for its Jacobian."""
+    if not isinstance(domain, Box) or not (domain.low < domain.high).any():
+        return torch.ones(inputs, dtype=torch.float64)
+    return torch.from_numpy((domain.low < domain.high).astype(np.float64).ravel())
 
 
 def program_of(graph: Graph) -> Program:

@@ -29,10 +29,11 @@ _SIGNS = {1: "+", -1: "-", 0: "."}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Monotone:
-    """`low <= J <= high` for every Clarke Jacobian J on a domain, proved; in `signs`, +1 where that says `J >= 0`, -1 where it says `J <= 0`, else 0.
+    """`low <= J <= high` for every Clarke Jacobian J of the network inside of a domain, proved; in `signs`, +1 for `J >= 0`, -1 for `J <= 0`, else 0.
 
     With +1 at `[i, j]`, output i does not fall between two inputs of the domain that differ in entry j alone, from the smaller to the larger; with -1, it does
-    not rise. A 0 says nothing: neither that the slope has both signs nor that it could not be proved with more pieces.
+    not rise. A 0 says nothing: neither that the slope has both signs nor that it could not be proved with more pieces. Nothing is said of inputs outside of the
+    domain: at its edge the slopes are those towards its inside, and where a Box has one number in an entry, no two inputs differ there.
     """
 
     signs: NDArray[np.int8]  # (rows, inputs)

@@ -31,7 +31,7 @@ class Region:
     @classmethod
     def of(cls, domain: Domain, inputs: int) -> Region:
         """The region of a Ball in l1, l2 or l-infinity, or of a Box. Raises CertifyError for any other domain, and for one of another size."""
-        if isinstance(domain, Ball) and domain.center.size == inputs and domain.p in (1, 2, math.inf):
+        if isinstance(domain, Ball) and domain.center.size == inputs and domain.p in (1, 2, math.inf) and math.isfinite(domain.radius):
             center = torch.from_numpy(np.array(domain.center, dtype=np.float64).ravel())
             reach = torch.full_like(center, domain.radius)
             return cls(center, -reach, reach, domain.radius if domain.p != math.inf else math.inf, domain.p)
@@ -39,9 +39,7 @@ class Region:
             low, high = (torch.from_numpy(np.array(end, dtype=np.float64).ravel()) for end in (domain.low, domain.high))
             center = low / 2 + high / 2
             return cls(center, downward(low - center).clamp(max=0), upward(high - center).clamp(min=0))
-        size = domain.center.size if isinstance(domain, Ball) else domain.low.size if isinstance(domain, Box) else None
-        got = f"{type(domain).__name__}{'' if size is None else f' of {size}'}{f' in l{domain.p:g}' if isinstance(domain, Ball) else ''}"
-        raise CertifyError(f"a local bound is on a finite Box, or a Ball in l1, l2 or l-infinity, of {inputs} inputs, got {got}")
+        raise CertifyError(f"a local bound is on a finite Box, or a Ball of finite radius in l1, l2 or l-infinity, of {inputs} inputs, got {_named(domain)}")
 
     def clipped(self, smallest: float, largest: float) -> Region:
         """The inputs of the region with all entries in a range. Raises CertifyError where the center is outside of it."""
@@ -80,3 +78,12 @@ class Region:
         dual = math.inf if self.p == 1 else 2
         ball = torch.linalg.vector_norm(size, ord=dual, dim=-1) * self.radius
         return torch.minimum(box, ball * (1 + self._room) + _TINY * max(1.0, self.radius))
+
+
+def _named(domain: Domain) -> str:
+    """What was asked for, in a few words."""
+    if isinstance(domain, Ball):
+        return f"a Ball of {domain.center.size} of radius {domain.radius:g} in l{domain.p:g}"
+    if isinstance(domain, Box):
+        return f"a Box of {domain.low.size}{'' if np.isfinite(domain.low).all() and np.isfinite(domain.high).all() else ' without an end'}"
+    return type(domain).__name__

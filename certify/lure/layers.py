@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,11 +18,10 @@ import lipnet
 import sdp
 from certify import slopes
 from certify.bound import Array
-from certify.convolution import two
 from certify.functions import BatchNorm
 from certify.lure.lowering import Lowering, Wire, lowers, refuse
 from certify.registry import Shape
-from certify.rules.torch_conv import padding_of
+from certify.rules.torch_conv import each, padding_of
 from certify.spectral import as_float64
 from lipnet.functional import comparators
 from lipnet.layers.residual import ResidualBlock
@@ -204,22 +204,23 @@ def _(self: Lowering, layer: lipnet.Householder, x: Wire) -> Wire:
     return Wire(wiring.pick(made, np.argsort(np.concatenate([first, second]), kind="stable")), x.shape)
 
 
-@lowers(nn.MaxPool2d)
-def _(self: Lowering, module: nn.MaxPool2d, x: Wire) -> Wire:
+@lowers(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+def _(self: Lowering, module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, x: Wire) -> Wire:
     """A tournament in each window; what is padded never wins, so a pixel that is there stands in for it."""
-    made = tuple(module(torch.zeros(1, *x.shape)).shape[1:])
-    taps, stride, padding, step = (two(size) for size in (module.kernel_size, module.stride, module.padding, module.dilation))
-    rows, columns = ([[stride[k] * i + step[k] * t - padding[k] for t in range(taps[k])] for i in range(made[1 + k])] for k in (0, 1))
-    height, width = x.shape[1:]
+    sizes, made = x.shape[1:], tuple(module(torch.zeros(1, *x.shape)).shape[1:])
+    options = zip(*(each(size, len(sizes)) for size in (module.kernel_size, module.stride, module.padding, module.dilation)), strict=True)
+    along, most = [], 1  # the places of each window that are inside, axis by axis; the taps of a window
+    for n, count, (taps, stride, padding, step) in zip(sizes, made[1:], options, strict=True):
+        along.append([[place for place in range(stride * i - padding, stride * i - padding + step * taps, step) if 0 <= place < n] for i in range(count)])
+        most *= taps
     windows = []
-    for down in rows:
-        for across in columns:
-            inside = [i * width + j for i in down if 0 <= i < height for j in across if 0 <= j < width]
-            windows.append((inside + inside[:1] * taps[0] * taps[1])[: taps[0] * taps[1]])
+    for window in itertools.product(*along):
+        inside = [int(np.ravel_multi_index(places, sizes)) for places in itertools.product(*window)]
+        windows.append((inside + inside[:1] * most)[:most])
     if not all(windows):
         raise refuse(module, "has windows with nothing but padding in them, which give -infinity; take less padding or dilation")
     one = np.array(windows, dtype=np.int64)
-    groups = (np.arange(x.shape[0])[:, None, None] * height * width + one).reshape(-1, one.shape[1])
+    groups = (np.arange(x.shape[0])[:, None, None] * math.prod(sizes) + one).reshape(-1, one.shape[1])
     before = self.wiring.count
     signal = self.wiring.largest(x.signal, groups)
     if self.everywhere:

@@ -42,6 +42,7 @@ DIVIDING = (operator.truediv, torch.div, torch.true_divide, "div", "true_divide"
 _ARITHMETIC = (*_SUMS, "add", operator.sub, torch.sub, "sub", operator.mul, torch.mul, "mul", *DIVIDING)
 _ROOM = 1e-7
 _SHARE = 0.5  # of the machine's memory
+_NO_DOMAIN = "take finite numbers, or leave the domain out for a bound that holds everywhere"
 _LOOKED_AT = 2**22  # entries of a layer's matrix: a second or two; four times as many take half a minute
 
 
@@ -367,8 +368,12 @@ def region_of(domain: Domain, shape: Shape) -> Region | None:
     if isinstance(domain, Ball):
         if np.shape(domain.center) != tuple(shape):
             raise CertifyError(f"the ball has a center of shape {np.shape(domain.center)}, the network takes inputs of shape {tuple(shape)}")
+        if domain.p not in (1, 2, math.inf) or not math.isfinite(domain.radius):
+            raise CertifyError(f"LipSDP is on a Ball of finite radius in l1, l2 or l-infinity, got the radius {domain.radius:g} in l{domain.p:g}; {_NO_DOMAIN}")
         return Region(np.asarray(domain.center, dtype=np.float64).ravel(), float(domain.radius), domain.p)
     if isinstance(domain, Box):
+        if not (np.isfinite(domain.low).all() and np.isfinite(domain.high).all()):
+            raise CertifyError(f"LipSDP is on a Box of finite numbers, got one without an end; {_NO_DOMAIN}")
         low, high = (np.broadcast_to(np.asarray(end, dtype=np.float64), shape).ravel() for end in (domain.low, domain.high))
         center = low / 2 + high / 2
         return Region(center, np.nextafter(np.maximum(high - center, center - low), np.inf), math.inf)

@@ -190,7 +190,7 @@ def _(module: nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d, shape: Shape) -> Bound
     dimensions = 1 if isinstance(module, nn.AvgPool1d) else 2 if isinstance(module, nn.AvgPool2d) else 3
     pieces = []
     for n, taps, stride, padding in zip(
-        _sizes(module, shape, dimensions), *(_each(size, dimensions) for size in (module.kernel_size, module.stride, module.padding)), strict=True
+        _sizes(module, shape, dimensions), *(each(size, dimensions) for size in (module.kernel_size, module.stride, module.padding)), strict=True
     ):
         seen = functional.avg_pool2d(
             _impulses(n), (taps, 1), (stride, 1), (padding, 0), module.ceil_mode, module.count_include_pad, None if divisor is None else 1
@@ -205,12 +205,12 @@ def _(module: nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d
     dimensions = 1 if isinstance(module, nn.AdaptiveAvgPool1d) else 2 if isinstance(module, nn.AdaptiveAvgPool2d) else 3
     pieces = [
         as_float64(functional.adaptive_avg_pool2d(_impulses(n), (n if wanted is None else wanted, 1))[:, 0, :, 0])
-        for n, wanted in zip(_sizes(module, shape, dimensions), _each(module.output_size, dimensions), strict=True)
+        for n, wanted in zip(_sizes(module, shape, dimensions), each(module.output_size, dimensions), strict=True)
     ]
     return Bound(_average(pieces), "adaptive average pool: norms along each axis", assumptions=_PROVED)
 
 
-def _each(sizes: Any, dimensions: int) -> tuple[Any, ...]:
+def each(sizes: Any, dimensions: int) -> tuple[Any, ...]:
     """One size for all axes, or one for each; AvgPool1d holds a tuple of one."""
     return tuple(sizes) if isinstance(sizes, list | tuple) else (sizes,) * dimensions
 
@@ -233,7 +233,7 @@ def _(module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d, shape: Shape) -> Bound
     dimensions = 1 if isinstance(module, nn.MaxPool1d) else 2 if isinstance(module, nn.MaxPool2d) else 3
     sizes = _sizes(module, shape, dimensions)
     for n, taps, stride, padding, step in zip(
-        sizes, *(_each(size, dimensions) for size in (module.kernel_size, module.stride, module.padding, module.dilation)), strict=True
+        sizes, *(each(size, dimensions) for size in (module.kernel_size, module.stride, module.padding, module.dilation)), strict=True
     ):
         outputs = functional.max_pool1d(torch.zeros(1, 1, n), taps, stride, padding, step, module.ceil_mode).shape[-1]
         overlap *= _most_windows((stride * np.arange(outputs)[:, None] + step * np.arange(taps) - padding).ravel(), n)
@@ -247,7 +247,7 @@ def _(module: nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d | nn.AdaptiveMaxPool3d
         _refuse(module, "return_indices=True makes it return positions too, which are not Lipschitz; use return_indices=False")
     dimensions = 1 if isinstance(module, nn.AdaptiveMaxPool1d) else 2 if isinstance(module, nn.AdaptiveMaxPool2d) else 3
     overlap = 1
-    for n, wanted in zip(_sizes(module, shape, dimensions), _each(module.output_size, dimensions), strict=True):
+    for n, wanted in zip(_sizes(module, shape, dimensions), each(module.output_size, dimensions), strict=True):
         answers = functional.adaptive_avg_pool2d(_impulses(n), (n if wanted is None else wanted, 1))[:, 0, :, 0]
         overlap *= int((answers != 0).sum(dim=1).max())
     return Bound(root_up(overlap), f"adaptive max pool: a pixel is in up to {overlap} windows")
