@@ -46,6 +46,8 @@ class Folder:
 
     def __init__(self, path: pathlib.Path, manifest: Manifest, shard: tuple[int, int] = (0, 1)) -> None:
         self.path, self.shard = path, shard
+        if path.is_file():
+            raise CertifyError(f"{path}: a results folder is a folder, and this is a file; choose another -o")
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         self.manifest, self._held = _claim(path, manifest)
