@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("smoothing (left out without --sigma)")
     group.add_argument("--sigma", type=float, metavar="S", help="the standard deviation of normal noise, in the units of the data")
     group.add_argument("--levels", type=int, metavar="G", help="inputs are multiples of 1/G (default 255); 0: they are not, and noise is float")
-    group.add_argument("--n", type=int, default=1000, metavar="N", help="noisy copies of each input (default 1000)")
+    group.add_argument("--n", "--copies", type=int, default=1000, metavar="N", help="noisy copies of each input (default 1000); torchrun wants --copies")
     group.add_argument("--seed", type=int, default=0, help="of noise and attacks")
     group.add_argument("--device", default="cpu", metavar="NAME", help="what the network runs on here: cpu (default), or a GPU: cuda, cuda:1")
     add_radii(parser)
