@@ -176,7 +176,7 @@ def test_an_option_of_another_method_of_lipschitz_is_refused(model, options, sai
             "lipschitz {net} --method local --around {data} --radius 0.1 --how sdp --norm inf",
             "--how sdp bounds networks from l2, got --norm inf; take --how crown",
         ),
-        ("lipschitz {net} --method lipsdp --device nonsense", "; take --device cpu"),
+        ("lipschitz {net} --method lipsdp --device nonsense", "; take the device cpu"),
         ("lipschitz {net} --method local --around {data} --radius 0.1 --seconds -1", "got --seconds -1"),
         ("lipschitz {net} --method frequency", "for other inputs there are LipSDP and the bound of the layers"),
         ("run {net} {data} -o {out} --method smoothing --sigma 0.5 --batch 0", "got --batch 0"),

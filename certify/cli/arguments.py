@@ -81,7 +81,7 @@ _ARGUMENTS = (  # of Python, as a message names them, and what is said on the co
     (r"\ban Exponential\(\) or a Rayleigh\(\) law", "--law exponential or rayleigh"),
     (r"\bmath\.inf\b", "inf"),
 )
-_OPTION = re.compile(_SAID + r"(batch|device|how|n0|norm|radius|seconds|solver)=(['\"]?)([-+\w.]+)\2")
+_OPTION = re.compile(_SAID + r"(batch|how|n0|norm|radius|seconds|solver)=(['\"]?)([-+\w.]+)\2")
 
 
 def in_options(message: str, args: argparse.Namespace) -> str:
