@@ -508,7 +508,7 @@ class _Reader:
     def network(self) -> ConvNet:
         """The steps. Raises Unsupported."""
         if len(self.shape) != 3:
-            raise Unsupported([Problem("", "the input", f"has the shape {self.shape}; {_FORM}; for other inputs take LipSDP or Layerwise()")])
+            raise Unsupported([Problem("", "the input", f"has the shape {self.shape}; {_FORM}; for other inputs there are LipSDP and the bound of the layers")])
         before = None
         for node in self.graph.trace.nodes:
             if node.op == "output" or (node.name not in self.graph.shapes and node.op in ("call_function", "call_method", "get_attr")):

@@ -205,7 +205,7 @@ class _Solved:
         return found
 
     def _solve(self, what: str, system: LureSystem, start: Array | None) -> Solution:
-        solution = self._proved(system, self.method.proposals[what]) if self.method.proposals else self._proposed(what, system, start)
+        solution = self._proved(system, self.method.proposals[what]) if self.method.proposals is not None else self._proposed(what, system, start)
         self.proposals[what] = solution.multipliers
         return solution
 

@@ -168,7 +168,7 @@ class _Balls:
             return needed <= self.method.memory
         raise CertifyError(
             f"the ball of radius {self.method.radius:g} leaves {relaxation.unstable} neurons unstable, for which the solver needs about {needed:.1f} GiB; "
-            f"it may use memory={self.method.memory:g}; take a smaller radius or allow more"
+            f"it may use {self.method.memory:g}; take a smaller radius, or allow more in Python (LowRank's memory)"
         )
 
 

@@ -46,6 +46,8 @@ class Folder:
 
     def __init__(self, path: pathlib.Path, manifest: Manifest, shard: tuple[int, int] = (0, 1)) -> None:
         self.path, self.shard = path, shard
+        if path.is_file():
+            raise CertifyError(f"{path}: a results folder is a folder, and this is a file; choose another -o")
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         self.manifest, self._held = _claim(path, manifest)
@@ -138,7 +140,7 @@ def foreign(path: pathlib.Path, manifest: Manifest) -> list[str]:
         if others:
             number, row = others[0]
             more = f" ({len(others) - 1} more in this file)" if others[1:] else ""
-            which = f"is a row of the run {_short(row['run'])}, and the manifest is of {run}"
+            which = f"is a row of the run {str(row['run'])[:40]!r}, and the manifest is of {run}"
             found.append(f"input {row['index']}: {file.name}, line {number}, {which}{more}; a folder has the rows of one run, take the others out")
     return found
 

@@ -228,6 +228,10 @@ class Wiring:
         bad = np.isnan(lower) | np.isnan(upper)
         return np.where(bad, -np.inf, lower), np.where(bad, np.inf, upper)
 
+    def reads(self, output: Signal) -> int:
+        """How many nonlinearities and outputs read the input itself: in l2 a program of more inputs than that is one of so many (`sdp.lipsdp`)."""
+        return sum(int((part.rows[:, : self.inputs] != 0).any(axis=1).sum()) for part in (*self._rows, output))
+
     def system(self, output: Signal) -> LureSystem:
         """The network whose output that signal is."""
         rows = [part.wide(self.width) for part in self._rows]

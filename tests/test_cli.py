@@ -349,6 +349,20 @@ def test_gates_decide_the_exit_code(model, tmp_path, capsys):
     assert "of 360 inputs are done" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["run", "attack"])
+def test_of_the_ranks_of_a_launch_the_last_one_has_the_table_and_the_exit_code(model, tmp_path, capsys, monkeypatch, command):
+    words = [command, model, "digits", "-o", str(tmp_path / "a"), "--limit", "4", *(("--steps", "2") if command == "attack" else ("--fail-under", "0@0.001"))]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main(words) == 0
+        shown = capsys.readouterr()
+        assert ("its inputs are done; the rank that ends last shows the table" in shown.err) == (rank == 0)
+        assert ("median r" in shown.out) == (rank == 1)
+    if command == "run":
+        assert main([*words, "--fail-under", "1@100"]) == 1
+
+
 def test_inspect_and_lipschitz(model, capsys):
     assert main(["inspect", model]) == 0
     shown = capsys.readouterr().out

@@ -183,6 +183,40 @@ def test_multipliers_that_prove_less_than_rows_say_do_not_prove_them(tmp_path, c
     assert "the radius is stored as" in capsys.readouterr().out
 
 
+def test_inspect_predicts_by_what_is_solved_and_by_the_number_of_programs(monkeypatch):
+    """Of 200 inputs, ten rows read them: the program is one of ten. Predictions are compared with each other, as time on other people's machines is not."""
+    from certify.cli.inspect import _lipsdp, lipsdp_seconds
+
+    monkeypatch.setattr("certify.cli.inspect._flops", lambda: 1e10)
+    found = {}
+    for inputs, outputs in ((200, 2), (200, 10), (20, 10)):
+        net = nn.Sequential(nn.Linear(inputs, 10), nn.ReLU(), nn.Linear(10, 30), nn.ReLU(), nn.Linear(30, outputs)).eval()
+        found[inputs, outputs] = _lipsdp(Graph.of(net, (inputs,)))
+    assert {(about["signals"], about["solved"]) for about in found.values()} == {(241, 51), (61, 51)}
+    assert [about["programs"] for about in found.values()] == [2, 46, 46]
+    few, many, small = found.values()
+    assert many["seconds"] == pytest.approx(23 * few["seconds"])
+    assert small["seconds"] < many["seconds"] < 5 * small["seconds"]
+    assert lipsdp_seconds(many, 2, pairs=False) == pytest.approx(many["seconds"] / 46)
+    assert lipsdp_seconds(many, math.inf, pairs=False) == pytest.approx(lipsdp_seconds(many, math.inf) * 10 / 55)
+    assert lipsdp_seconds(many, 1) == pytest.approx(lipsdp_seconds(many, 1, pairs=False) * 46)
+
+
+@pytest.mark.parametrize(("dims", "options", "taken"), [((64, 12, 3), (), ""), ((64, 12, 10), (), " --no-pairs"), ((64, 12, 10), ("--no-pairs",), "")])
+def test_auto_leaves_out_the_differences_where_they_would_take_long(tmp_path, capsys, monkeypatch, dims, options, taken):
+    monkeypatch.setattr("certify.cli.inspect._flops", lambda: 2e7)  # a machine on which one program takes a second or so
+    torch.manual_seed(0)
+    lipnet.save(nn.Sequential(nn.Linear(*dims[:2]), nn.ReLU(), nn.Linear(*dims[1:])).eval(), tmp_path / "net.safetensors", input_shape=dims[:1])
+    command = ["lipschitz", str(tmp_path / "net.safetensors"), "--json"]
+    assert main([*command, "--method", "auto", *options]) == 0
+    shown = capsys.readouterr()
+    assert ("without the differences of two outputs" in shown.err) == bool(taken)
+    assert "about" in shown.err
+    assert main([*command, "--method", "lipsdp", *options, *taken.split()]) == 0
+    again = json.loads(capsys.readouterr().out)["bound"]
+    assert (json.loads(shown.out)["bound"]["value"], json.loads(shown.out)["bound"]["largest_pair"]) == (again["value"], again["largest_pair"])
+
+
 @pytest.mark.parametrize("norm", [2, 1, math.inf])
 def test_where_the_time_is_over_what_was_reached_is_proved(network, norm):
     whole = certify.lipschitz(network, certify.LipSDP(norm=norm), input_shape=SHAPE)

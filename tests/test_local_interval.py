@@ -146,11 +146,11 @@ def test_gates_are_refused_as_soon_as_too_many_are_seen(limits: dict[str, int], 
 def test_auto_on_the_command_line_says_what_it_takes(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     small, large, other = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors"), f"{tmp_path / 'theirs.py'}:make"
     lipnet.save(mlp(64, 12, 10), small, input_shape=(64,))
-    lipnet.save(mlp(64, 300, 200, 10), large, input_shape=(64,))
+    lipnet.save(mlp(64, 400, 1200, 10), large, input_shape=(64,))
     (tmp_path / "theirs.py").write_text("from torch import nn\ndef make(): return nn.Sequential(nn.Linear(64, 12), nn.Softmax(1), nn.Linear(12, 10)).eval()\n")
     for model, options, taken, why in (
-        (small, [], "lipsdp", "and up to 400 are quick"),
-        (large, [], "layerwise", "and up to 400 are quick"),
+        (small, [], "lipsdp", "has 77 signals, and it takes"),
+        (large, [], "layerwise", "has 1,665 signals, and with --method lipsdp it would take about"),
         (small, ["--around", "digits", "--radius", "0.05"], "local", "undecided there says how"),
         (other, ["--input-shape", "64"], "layerwise", "lipsdp does not apply"),
     ):
@@ -158,5 +158,7 @@ def test_auto_on_the_command_line_says_what_it_takes(tmp_path: pathlib.Path, cap
         shown = capsys.readouterr()
         assert f"auto takes {taken}: " in shown.err
         assert why in shown.err
+    assert main(["lipschitz", large, "--method", "auto", "--norm", "inf"]) == 2
+    assert "layerwise bounds are from l2 only; say --method lipsdp" in capsys.readouterr().err
     assert main(["lipschitz", small, "--method", "local", "--how", "interval", "--around", "digits", "--radius", "0.05"]) == 0
     assert "all Jacobians there, by intervals" in capsys.readouterr().out

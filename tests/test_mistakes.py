@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import pathlib
@@ -186,6 +187,42 @@ def test_an_option_of_another_method_of_lipschitz_is_refused(model, options, sai
 
 
 @pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (
+            "lipschitz {net} --method local --around {data} --radius 0.1 --how sdp --norm inf",
+            "--how sdp bounds networks from l2, got --norm inf; take --how crown",
+        ),
+        ("lipschitz {net} --method lipsdp --device nonsense", "; take the device cpu"),
+        ("lipschitz {net} --method local --around {data} --radius 0.1 --seconds -1", "got --seconds -1"),
+        ("lipschitz {net} --method frequency", "for other inputs there are LipSDP and the bound of the layers"),
+        ("run {net} {data} -o {out} --method smoothing --sigma 0.5 --batch 0", "got --batch 0"),
+        ("run {net} {data} -o {out} --method smoothing --sigma 0.5 --n0 0", "got --n0 0"),
+        ("run {net} {data} -o {out} --method smoothing --sigma 0.5 --lipschitz layerwise", "; take --scores softmax:T or sparsemax:T"),
+        ("run {net} {data} -o {out} --method smoothing --noise brightness --sigma 0.3 --levels 16", ": take --levels 0"),
+        ("run {net} {data} -o {out} --method smoothing --noise gamma --law uniform --scale 1", "has --law exponential or rayleigh"),
+        ("run {net} {data} -o {net}", "a results folder is a folder, and this is a file"),
+    ],
+)
+def test_what_to_do_is_said_in_the_options_of_the_command(model, points, tmp_path, capsys, command, said):
+    assert main([word.format(net=model, data=points, out=tmp_path / "a") for word in command.split()]) == Exit.ERROR
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert not re.search(r"\b(how|norm|device|seconds|batch|levels|pairs|n0)=", shown)
+
+
+def test_only_what_the_command_has_is_said_in_its_options():
+    from certify.cli.arguments import in_options
+
+    said = "take how='crown' or pairs=False, and norm=math.inf; your Flatten has start_dim=0, and at alpha=0.001 of the last look"
+    wanted = "take {} or --no-pairs, and --norm inf; your Flatten has start_dim=0, and at alpha=0.001 of the last look"
+    assert in_options(said, argparse.Namespace(how=None, norm="2")) == wanted.format("--how crown")
+    assert in_options(said, argparse.Namespace(alpha=0.001, norm="2")) == wanted.format("how='crown'")
+    printed = "the folder was started with method Smoothing(FixedN(n0=100), levels=None, batch=8, norm=2), now it is Local(how='crown', seconds=60.0)"
+    assert in_options(printed, argparse.Namespace(n0=1, batch=1, levels=1, norm="2", how="crown", seconds=1.0)) == printed
+
+
+@pytest.mark.parametrize(
     "option", ["--n=9", "--alpha=0.1", "--n0=3", "--fixed", "--target=1", "--levels=16", "--scores=softmax:1", "--batch=3", "--seed=1", "--shared-noise"]
 )
 def test_an_option_of_smoothing_is_refused_by_other_methods(model, points, option, tmp_path, capsys):
@@ -202,7 +239,7 @@ def test_places_that_cannot_be_written_are_named(model, points, tmp_path, capsys
     assert main([*run, "--quiet"]) == Exit.DONE
     (tmp_path / "file").write_text("")
     for words, place in (
-        (["run", model, points, "-o", str(tmp_path / "file")], "file"),
+        (["run", model, points, "-o", str(tmp_path / "file" / "a")], "file/a"),
         (["report", str(tmp_path / "a"), "--html", str(tmp_path / "none" / "r.html")], "none/r.html"),
         (["report", str(tmp_path / "a"), "--tsv", str(tmp_path)], ""),
     ):

@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"certify: error: {where}", file=sys.stderr)  # noqa: T201
         return Exit.ERROR
     except ValueError as error:
-        print(f"certify: error: {error}", file=sys.stderr)  # noqa: T201
+        from certify.cli.arguments import in_options
+
+        print(f"certify: error: {in_options(str(error), args)}", file=sys.stderr)  # noqa: T201
         return Exit.ERROR
 
 

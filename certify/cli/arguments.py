@@ -73,6 +73,24 @@ def option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+_SAID = r"(?:^|(?<=got )|(?<=take )|(?<=after )|(?<=with )|(?<=for )|(?<=or )|(?<=and )|(?<=: ))"  # where a sentence speaks of an argument, and prints no value
+_ARGUMENTS = (  # of Python, as a message names them, and what is said on the command line for the same
+    (_SAID + "pairs=False", "--no-pairs"),
+    (_SAID + "levels=None", "--levels 0"),
+    (_SAID + r"Softmax\(\.\.\.\) or Sparsemax\(\.\.\.\)", "--scores softmax:T or sparsemax:T"),
+    (r"\ban Exponential\(\) or a Rayleigh\(\) law", "--law exponential or rayleigh"),
+    (r"\bmath\.inf\b", "inf"),
+)
+_OPTION = re.compile(_SAID + r"(batch|how|n0|norm|radius|seconds|solver)=(['\"]?)([-+\w.]+)\2")
+
+
+def in_options(message: str, args: argparse.Namespace) -> str:
+    """A message of the library in the words of the command: the options that it has in place of arguments of Python."""
+    for argument, option in _ARGUMENTS:
+        message = re.sub(argument, option, message)
+    return _OPTION.sub(lambda found: f"{option_of(found[1])} {found[3]}" if found[1] in args else found[0], message)
+
+
 def numbers(text: str) -> tuple[float, ...]:
     """`0.485,0.456,0.406` as numbers."""
     try:

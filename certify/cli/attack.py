@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from certify.cli.arguments import add_eps, add_json, add_model, add_selection, load_model
 from certify.cli.report import show
-from certify.cli.run import fill_folder, manifest_of, note_labels, selection_of
+from certify.cli.run import fill_folder, is_left_to_others, manifest_of, note_labels, selection_of
 
 if TYPE_CHECKING:
     from certify.attack import Attack
@@ -53,7 +53,8 @@ def names(text: str) -> tuple[str, ...]:
 
 def run(args: argparse.Namespace) -> int:
     """Load, attack what is not yet in the folder, print the table."""
-    fill(args)
+    if not fill(args) and is_left_to_others(args):
+        return 0
     return show([args.output], args.eps, [], args.json, warn_about_labels=True, quiet=args.quiet)
 
 

@@ -74,8 +74,6 @@ def _from_log(args: argparse.Namespace) -> int:
     from certify.results import SCHEMA, Folder
     from certify.smoothing.logs import facts, read_log, row_of
 
-    if args.output.exists() and not args.output.is_dir():
-        raise CertifyError(f"{args.output}: a results folder is a folder, and this is a file; choose another -o")
     procedure = setting(args)
     log = read_log(args.source)
     rows = {}

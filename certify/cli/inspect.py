@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 HELP = "Show the layers of a model, its input, and which certifiers apply."
 _COPIES = 100_000  # of an input, as the published tables of smoothing have
 _UNDECIDED = 1000  # gates of a ball whose cost is predicted
-_LIPSDP = 3e4  # operations of its solver over the cube of its signals: 2.1e4 to 3.6e4 on chains of 89 and 217 signals
+_LIPSDP, _PROOF = (
+    900,
+    15,
+)  # operations of one program in l2 over the cube of what is solved, and of all signals: within a factor of three, on 129 to 885 signals
+_LIPSDP_INF, _LIPSDP_ONE, _PROGRAM = 3300, 5000, 0.02  # the same from the maximum norm and from l1; seconds of the smallest
 _FREQUENCY, _AT_LEAST = 6e3, 0.05  # the same at each frequency, and seconds: within a factor of three of what chains of 25 to 144 signals took
 _LOWRANK = 100  # ... of that of the relaxation over the cube of its constraints: 70 to 145 at 40 and 60 neurons
 EPILOG = "example:\n  certify inspect runs/demo/sandwich.safetensors"
@@ -75,7 +79,8 @@ def _cost_text(method: str, verdict: Mapping[str, Any]) -> str:
     elif "signals" in verdict:
         at = {"lipsdp": "a matrix inequality of", "lowrank": "in a large ball", "frequency": f"at each of {verdict.get('frequencies')} frequencies"}
         size = f"{at[method]} {verdict['signals']:,} signals, about {verdict['mebibytes']:,} MiB"
-        parts.append(f"{size} and {duration_text(verdict['seconds'])}{' for each radius that is tried' if method == 'lowrank' else ''}")
+        what = {"lowrank": " for each radius that is tried", "lipsdp": f" for its {verdict.get('programs')} programs"}
+        parts.append(f"{size} and {duration_text(verdict['seconds'])}{what.get(method, '')}")
     if "gates" in verdict:
         cost = f"about {verdict['mebibytes']:,} MiB and {duration_text(verdict['seconds'])}"
         parts.append(f"{verdict['gates']:,} gates, and a ball that leaves {verdict['undecided']:,} of them undecided takes {cost}")
@@ -190,9 +195,24 @@ def _lipsdp(graph: Graph) -> dict[str, Any]:
         signals = signals_of(graph)
     except CertifyError as error:
         return _verdict(error)
-    if signals is None and (signals := _counted(graph)) is None:
-        return {**_verdict(None), "signals": None, "mebibytes": None, "seconds": None}
-    return {**_verdict(None), "signals": signals, "mebibytes": _mebibytes(memory(signals)), "seconds": _LIPSDP * signals**3 / _flops()}
+    if signals is None and (counted := _counted(graph)) is not None:
+        signals = counted, counted
+    if signals is None:
+        return {**_verdict(None), "signals": None, "solved": None, "mebibytes": None, "seconds": None}
+    size = {"signals": signals[0], "solved": signals[1], "inputs": math.prod(graph.input_shape), "outputs": math.prod(graph.shapes[graph.output.name])}
+    return {**_verdict(None), **size, "mebibytes": _mebibytes(memory(signals[0])), "programs": _programs(size, 2), "seconds": lipsdp_seconds(size, 2)}
+
+
+def lipsdp_seconds(size: Mapping[str, Any], norm: float, pairs: bool = True) -> float:
+    """About how long LipSDP of this size takes here, with a program for each difference of two outputs or without."""
+    gates, whole = size["signals"] - size["inputs"] - 1, size["signals"] ** 3
+    operations = {2: _LIPSDP * size["solved"] ** 3 + _PROOF * whole, math.inf: _LIPSDP_INF * whole, 1: _LIPSDP_ONE * (gates + 2) ** 3}[norm]
+    return _programs(size, norm, pairs) * (operations / _flops() + _PROGRAM)
+
+
+def _programs(size: Mapping[str, Any], norm: float, pairs: bool = True) -> int:
+    between = math.comb(size["outputs"], 2) if pairs else 0
+    return size["outputs"] + between if norm == math.inf else (1 + between) * (size["inputs"] if norm == 1 else 1)
 
 
 def _counted(graph: Graph) -> int | None:

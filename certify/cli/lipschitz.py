@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+import time
 from typing import TYPE_CHECKING, Any
 
 from certify.cli.arguments import add_json, add_lipsdp, add_model, given_options, lipsdp, load_model, option_of, radius
@@ -25,12 +26,7 @@ EPILOG = """examples:
   certify lipschitz cnn.safetensors --method local --norm inf --around digits --index 3 --radius 2/255"""
 
 
-QUICK = 400  # signals of a matrix inequality
-
-
-def is_quick(lipsdp: Mapping[str, Any]) -> bool:
-    """Whether LipSDP applies, by what `inspect` says of it, and takes no more than some seconds."""
-    return bool(lipsdp["applies"]) and (lipsdp["signals"] or math.inf) <= QUICK
+_QUICK, _AT_MOST = 10.0, 60.0  # seconds that `auto` is ready to wait for LipSDP, as predicted; and for which it waits where the prediction is wrong
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,16 +69,15 @@ def run(args: argparse.Namespace) -> int:
     from certify.text import up_text
 
     _refuse_options_of_others(args)
-    model = load_model(args)
+    model, at_most = load_model(args), math.inf
     if args.method == "auto":
+        at_most = _AT_MOST if args.around is None and args.seconds == math.inf else math.inf
         args.method, why = _picked(args, model)
-        note(f"auto takes {args.method}: {why}")
         if args.method == "layerwise" and args.norm != "2":
-            raise CertifyError(
-                f"--norm {args.norm}: layerwise bounds from l2 only; say --method lipsdp, which takes the time that it needs, or give a ball (--around)"
-            )
+            raise CertifyError(f"--norm {args.norm}: {why}, and layerwise bounds are from l2 only; say --method lipsdp, or give a ball (--around)")
+        note(f"auto takes {args.method}: {why}")
     domain, where = _domain(args, model)
-    bound = _bound(args, model, domain)
+    bound = _bound(args, model, domain, at_most)
     proved = None if args.save_proof is None else _save(args, model, bound)
     if args.json:
         about = bound_json(bound)
@@ -130,7 +125,7 @@ def _refuse_options_of_others(args: argparse.Namespace) -> None:
 
 def _picked(args: argparse.Namespace, model: Model) -> tuple[str, str]:
     """The method that `auto` stands for, and why."""
-    from certify.cli.inspect import verdicts_of_graph
+    from certify.cli.inspect import duration_text, lipsdp_seconds, verdicts_of_graph
 
     seen = verdicts_of_graph(model)
     signals = seen["lipsdp"].get("signals")
@@ -138,15 +133,25 @@ def _picked(args: argparse.Namespace, model: Model) -> tuple[str, str]:
         if seen["local"]["applies"]:
             return "local", "it is around one input, and the count of gates that are undecided there says how"
         return "lipsdp", f"it is around one input, and local does not apply ({seen['local']['problems'][0]})"
-    if is_quick(seen["lipsdp"]):
-        return "lipsdp", f"its matrix inequality has {signals:,} signals, and up to {QUICK} are quick"
     if not seen["lipsdp"]["applies"]:
         return "layerwise", f"lipsdp does not apply ({seen['lipsdp']['problems'][0]})"
-    return "layerwise", f"the matrix inequality of lipsdp has {'too many' if signals is None else format(signals, ',')} signals, and up to {QUICK} are quick"
+    if signals is None:
+        return "layerwise", "the matrices of lipsdp are too large to look at here"
+    norm, programs = float(args.norm), f"the matrix inequality of lipsdp has {signals:,} signals, and"
+    whole, alone = (lipsdp_seconds(seen["lipsdp"], norm, pairs) for pairs in (True, False))
+    if alone > _QUICK:
+        return "layerwise", f"{programs} with --method lipsdp it would take {duration_text(alone)} here"
+    if whole > _QUICK and not args.no_pairs:
+        args.no_pairs = True
+        return (
+            "lipsdp",
+            f"{programs} it takes {duration_text(alone)} here without the differences of two outputs, with them (--method lipsdp) {duration_text(whole)}",
+        )
+    return "lipsdp", f"{programs} it takes {duration_text(alone if args.no_pairs else whole)} here"
 
 
-def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
-    """By the method that was asked for, with its progress."""
+def _bound(args: argparse.Namespace, model: Model, domain: Domain, at_most: float) -> Bound:
+    """By the method that was asked for, with its progress; by LipSDP, for so many seconds."""
     from certify.cli.console import live
     from certify.frequency import LipSDPFrequency
     from certify.local.method import Local
@@ -161,6 +166,7 @@ def _bound(args: argparse.Namespace, model: Model, domain: Domain) -> Bound:
         return lipschitz(model.net, made, input_shape=model.shape, domain=domain)
     with live() as say:
         method = lipsdp(args, lambda what, progress: say(progress_text(what, progress)))
+        method = dataclasses.replace(method, until=time.monotonic() + at_most)
         return lipschitz(model.net, method, input_shape=model.shape, domain=domain)
 
 

@@ -83,7 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_smoothing(group: argparse._ActionsContainer) -> None:
     add_noise(group)
     group.add_argument("--alpha", type=float, default=0.001, metavar="A", help="each certificate fails with at most this probability (default 0.001)")
-    group.add_argument("--n", type=int, default=100_000, metavar="N", help="at most so many noisy copies of each input (default 100000)")
+    group.add_argument(
+        "--n", "--copies", type=int, default=100_000, metavar="N", help="at most so many noisy copies of each input (default 100000); torchrun wants --copies"
+    )
     group.add_argument("--n0", type=int, default=100, metavar="N", help="so many other copies choose the class (default 100)")
     group.add_argument("--fixed", action="store_true", help="one look, at all N copies, instead of several, each with its part of alpha")
     goal = group.add_mutually_exclusive_group()
@@ -116,8 +118,20 @@ def scores(text: str) -> tuple[str, float]:
 
 def run(args: argparse.Namespace) -> int:
     """Load, prepare the method, certify what is not yet in the folder, print the table."""
-    fill(args)
+    if not fill(args) and is_left_to_others(args):
+        return 0
     return show([args.output], args.eps, args.fail_under, args.json, warn_about_labels=True, quiet=args.quiet)
+
+
+def is_left_to_others(args: argparse.Namespace) -> bool:
+    """Whether other ranks of the same launch have inputs to do still; a note says so. Who ends last has the table, and says whether the gates are met."""
+    from certify.cli.console import note
+
+    index, count = shard_here()
+    if args.shard is not None or count == 1:
+        return False
+    note(f"rank {index} of {count}: its inputs are done; the rank that ends last shows the table of {args.output}")
+    return True
 
 
 def fill(args: argparse.Namespace, until: float = math.inf) -> bool:

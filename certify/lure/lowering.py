@@ -87,14 +87,18 @@ def memory(signals: int) -> int:
     return 8 * 12 * signals**2
 
 
-def signals_of(graph: Graph) -> int | None:
-    """The size of the matrix inequality on all inputs; None where the matrices of single layers are too large to look. Raises as `wire` does."""
+def signals_of(graph: Graph) -> tuple[int, int] | None:
+    """The size of the matrix inequality on all inputs, and of what a solver works on in l2; None where the matrices of single layers are too large to look.
+
+    Raises as `wire` does.
+    """
     sizes = [(graph.input_of(node), graph.shapes[node.name]) for node in graph.trace.nodes if node.op == "call_module"]
     if any(math.prod(shape) * math.prod(made) > _LOOKED_AT for shape, made in sizes):
         return None
     lowering = Lowering(graph, Everywhere())
-    lowering.nodes()
-    return lowering.wiring.width + 1
+    output, _, _ = lowering.nodes()
+    wiring = lowering.wiring
+    return wiring.width + 1, wiring.count + 1 + min(wiring.inputs, wiring.reads(output))
 
 
 def problems_of(graph: Graph) -> list[Problem]:

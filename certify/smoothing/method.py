@@ -105,7 +105,7 @@ class Smoothing(RobustnessMethod):
         if self.levels is None:
             return Gauss(added[1], self.seed) if added is not None and added[0] == "gaussian" else Drawn(self.noise, self.seed)
         if added is None:
-            raise CertifyError(f"{self.noise!r} is not added to inputs on a grid, it is applied to them as they are: take levels=None (--levels 0)")
+            raise CertifyError(f"{self.noise!r} is not added to inputs on a grid, it is applied to them as they are: take levels=None")
         return Grid(added[1], self.seed, self.levels, scale=None if self.lipschitz is None else (1.0,), law=added[0])
 
     @property
@@ -133,7 +133,7 @@ class Smoothing(RobustnessMethod):
         if (moved := self._moved(int(np.prod(shape)))) >= 0.5:
             raise CertifyError(
                 f"rounding to the grid of {self.levels} levels in each of {np.prod(shape)} entries moves mean scores by up to {moved:.3g}, by their "
-                "Lipschitz constant, so they certify nothing; take more levels (or none: levels=None, --levels 0), a larger temperature, or no constant"
+                "Lipschitz constant, so they certify nothing; take more levels (or none: levels=None), a larger temperature, or no constant"
             )
         bound = self.bound or (ClopperPearson() if isinstance(self.scores, Hardmax) else EmpiricalBernstein())
         return Procedure(classifier, bound, self.schedule, target=self.target, tolerance=self.tolerance, distance=self._distance(int(np.prod(shape))))
