@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import pathlib
+import time
 
 import numpy as np
 import pytest
 import torch
+from scipy import optimize
 from torch import nn
 
 import certify
@@ -107,6 +110,59 @@ def test_one_radius_is_asked_for_and_given_or_refused() -> None:
     assert (certify.robustness(net, x, LocalMargin(radius=great)).radius == 0).all()
 
 
+def distance(net: nn.Sequential, x: np.ndarray) -> float:
+    """In the maximum norm, of the nearest point with another class: by a linear program for each linear piece of a network of two hidden layers."""
+    (A, a), (B, b), (C, c) = ((layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in net if isinstance(layer, nn.Linear))
+    label, best = int(net(torch.from_numpy(x)[None]).argmax()), math.inf
+    bounds = [(None, None)] * len(x) + [(0, None)]
+    ends = np.hstack([np.vstack([np.eye(len(x)), -np.eye(len(x))]), -np.ones((2 * len(x), 1))])  # -t <= d <= t
+    for first in itertools.product((0.0, 1.0), repeat=len(a)):
+        for second in itertools.product((0.0, 1.0), repeat=len(b)):
+            z = A, A @ x + a
+            h = np.diag(first) @ z[0], np.array(first) * z[1]
+            y = B @ h[0], B @ h[1] + b
+            p = np.diag(second) @ y[0], np.array(second) * y[1]
+            signs = np.concatenate([1 - 2 * np.array(first), 1 - 2 * np.array(second)])[:, None]
+            pattern, offset = np.vstack([z[0], y[0]]) * signs, np.concatenate([z[1], y[1]]) * -signs[:, 0]
+            for other in set(range(len(c))) - {label}:
+                gap = (C[label] - C[other]) @ p[0], (C[label] - C[other]) @ p[1] + c[label] - c[other]
+                rows = np.vstack([np.hstack([np.vstack([pattern, gap[0]]), np.zeros((len(offset) + 1, 1))]), ends])
+                found = optimize.linprog([0.0] * len(x) + [1.0], rows, [*offset, -gap[1], *[0.0] * 2 * len(x)], bounds=bounds)
+                best = min(best, found.fun) if found.status == 0 else best
+    return best
+
+
+def test_branch_and_bound_takes_a_search_to_the_nearest_point_of_another_class() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 4)).double().eval()
+    further = LocalMargin(norm=math.inf, nodes=500)
+    seen = further.see(certify.Graph.of(net, (6,)))
+    for point in inputs(2):
+        z, exact = net(point[None])[0].detach().numpy(), distance(net, point.numpy())
+        *_, found = further.around(seen, point.numpy(), z)
+        assert found < exact * (1 + 1e-9)
+        assert exact < found * (1 + 1 / 16) * 1.001
+        assert further.proved(seen, point.numpy(), z, found)
+        assert not further.proved(seen, point.numpy(), z, exact * 1.001)
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_branch_and_bound_makes_radii_larger_and_below_every_attack(norm: float) -> None:
+    net, x = classifier("relu"), inputs(2)
+    before, after = (certify.robustness(net, x, LocalMargin(norm=norm, nodes=nodes)).radius for nodes in (None, 60))
+    assert (before <= after).all()
+    assert (after > 1.1 * before).any()
+    assert all(radius < nearest(net, point, norm, 2.0) for point, radius in zip(x, after, strict=True))
+
+
+def test_a_search_by_branch_and_bound_ends_in_time() -> None:
+    net, x = classifier("relu"), inputs(1)
+    start = time.monotonic()
+    found = certify.robustness(net, x, LocalMargin(nodes=10**6, steps=5000, seconds=0.5))
+    assert time.monotonic() - start < 10
+    assert 0 <= found.radius[0] < nearest(net, x[0], 2.0, 2.0)
+
+
 def test_a_range_of_inputs_cuts_the_ball() -> None:
     net = nn.Sequential(nn.Linear(2, 2, bias=False)).double().eval()
     net[0].weight.data = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
@@ -166,7 +222,7 @@ def test_the_command_line_bounds_a_ball(tmp_path: pathlib.Path, capsys: pytest.C
     assert main([*command]) == Exit.ERROR
     assert "name a ball with --around" in capsys.readouterr().err
     assert main([*command, *ball, "--norm", "inf", "--how", "sdp"]) == Exit.ERROR
-    assert "take how='crown'" in capsys.readouterr().err
+    assert "take --how crown" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("norm", "exact"), [(1.0, 1.25), (2.0, 1.25 / math.sqrt(2)), (math.inf, 0.625)])

@@ -68,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("with --method local or lowrank (and --norm, as above)")
     group.add_argument("--radius", type=radius, metavar="R", help="only ask whether the prediction changes within R (default: search for the largest radius)")
     group.add_argument("--steps", type=int, metavar="N", help="local: steps to the radius of the first order (default 8); more is slower and a little larger")
-    group.add_argument("--nodes", type=int, metavar="N", help="local: with --radius, the most that branch and bound looks at for each margin (default 2000)")
+    group.add_argument(
+        "--nodes", type=int, metavar="N", help="local: most that branch and bound looks at for each margin (default: with --radius 2000, else 0)"
+    )
     group.add_argument("--seconds", type=float, metavar="S", help="local: for each input (default 60); what is proved by then is its radius")
     group.add_argument("--within", type=span, metavar="LO,HI", help="local: only inputs with entries in this range count, such as 0,1 for pictures")
     group.add_argument(
@@ -349,8 +351,7 @@ def _local(args: argparse.Namespace, model: Model, dataset: Dataset) -> tuple[di
     from certify.local.radius import LocalMargin
 
     steps = LocalMargin.steps if args.steps is None else args.steps
-    nodes = LocalMargin.nodes if args.nodes is None else args.nodes
-    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, nodes=nodes, seconds=60.0 if args.seconds is None else args.seconds)
+    method = LocalMargin(args.radius, float(args.norm or 2), steps, args.within, nodes=args.nodes, seconds=60.0 if args.seconds is None else args.seconds)
     facts, certify = _one_by_one(method, model, dataset)
     return {**facts, "within": args.within}, certify
 

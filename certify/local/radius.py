@@ -36,6 +36,7 @@ _WORK = 1e11  # products for the bounds of the gradients in one ball
 _RATE = 2e9  # of them in a second, where time is short
 _FARTHEST = 1e9
 _MOST = 10_000  # steps
+_NODES = 2000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,11 +52,12 @@ class LocalMargin(OneByOne[Seen]):
     """No other class has a larger logit anywhere in a ball: every margin is followed from the input outwards, ball by ball, and stays positive.
 
     From a ball to the next larger one a margin falls by at most the difference of their radii times a bound of its gradient in the larger (the staircase of
-    RecurJac, Zhang et al. 2019), and is at least what linear relaxations (CROWN) prove of it there, and what the layers' norms prove everywhere; the largest of
-    the three is kept. The balls grow by about one of `steps` parts of the radius that the gradient at the input would give, by less where that is too far, and
-    the search ends within one of `2 steps` parts of the radius. With a `radius`, only that is asked: linear relaxations with lines chosen for each margin, then
-    branch and bound with up to `nodes` for each (alpha-beta-CROWN, Wang et al. 2021), then balls that grow up to there; a point of another class ends it.
-    `within` leaves out all inputs with entries outside of a range. Norms: 1, 2 and inf. `seconds` are for each input: what is proved by then is the radius.
+    RecurJac, Zhang et al. 2019), and is at least what linear relaxations (CROWN) prove of it there, and what the layers' norms prove everywhere; the
+    largest of the three is kept. The balls grow by about one of `steps` parts of the radius that the gradient at the input would give, by less where that
+    is too far, and the search ends within one of `2 steps` parts of the radius. With a `radius`, only that is asked: linear relaxations with lines chosen
+    for each margin, then branch and bound with up to `nodes` for each (alpha-beta-CROWN, Wang et al. 2021; 2000 unless given), then balls that grow up to
+    there; a point of another class ends it. A search goes on by such questions where `nodes` are given, up to the same part of the radius. `within` leaves
+    out all inputs with entries outside of a range. Norms: 1, 2 and inf. `seconds` are for each input: what is proved by then is the radius.
     """
 
     name: ClassVar[str] = "local"
@@ -64,7 +66,7 @@ class LocalMargin(OneByOne[Seen]):
     steps: int = 8
     within: tuple[float, float] | None = None
     memory: float = 1.0  # GiB, for the gates that a ball leaves undecided
-    nodes: int = 2000
+    nodes: int | None = None
     seconds: float = dataclasses.field(default=math.inf, repr=False)  # it changes how much is found, not what a radius means
 
     def __post_init__(self) -> None:
@@ -77,7 +79,7 @@ class LocalMargin(OneByOne[Seen]):
                 f"a whole number of steps from 1 to {_MOST:,}, and positive memory and seconds are needed, "
                 f"got {self.steps} steps, {self.memory} GiB and {self.seconds} seconds"
             )
-        if not isinstance(self.nodes, int) or self.nodes < 0:
+        if self.nodes is not None and not (isinstance(self.nodes, int) and self.nodes >= 0):
             raise CertifyError(f"nodes is the most that branch and bound looks at for each margin, 0 or more, got {self.nodes}")
         if self.within is not None and not (_numbers(self.within) and len(self.within) == 2 and -math.inf < self.within[0] < self.within[1] < math.inf):
             raise CertifyError(f"within is the smallest and the largest entry that an input can have, such as (0, 1), got {self.within}")
@@ -122,6 +124,7 @@ class _Walk:
         everywhere = np.full(len(self.others), math.inf) if seen.everywhere is None else seen.everywhere[prediction, self.others]
         self.everywhere = torch.from_numpy(np.ascontiguousarray(everywhere))
         self.limit = self.others[0]
+        self.nodes = method.nodes if method.nodes is not None else _NODES * (method.radius is not None)
         self.end = time.monotonic() + method.seconds
 
     def to(self, goal: float) -> float:
@@ -155,7 +158,16 @@ class _Walk:
             step /= 2 if radius > 0 else 4
             if step < max(best, radius) / (2 * self.method.steps) or step < usual * _NEAREST:
                 break
-        return min(max(best, radius), goal)
+        reached = min(max(best, radius), goal)
+        return self.searched(reached) if self.nodes and math.isinf(goal) else reached
+
+    def searched(self, low: float) -> float:
+        """A radius that is proved, or a larger one by branch and bound."""
+        high = math.inf
+        while 0 < low < _FARTHEST and low * (1 + 1 / (2 * self.method.steps)) < high and time.monotonic() < self.end:
+            target = min(low * _GROWTH, (low + high) / 2)
+            low, high = (target, high) if self.asked(target, 1 / 3) else (low, target)
+        return low
 
     def _limited(self, margins: Tensor, slopes: Tensor, radius: float) -> float:
         """How far the margins reach from a ball with these slopes; notes which comes to an end first."""
@@ -171,11 +183,14 @@ class _Walk:
         except (CertifyError, TimeoutError):
             return None
 
-    def asked(self, radius: float) -> bool | None:
-        """Whether all margins are positive in a closed ball; False where a point of it was seen that has another class, None where neither is known."""
-        nodes, now = 0 if self.method.radius is None else self.method.nodes, time.monotonic()
+    def asked(self, radius: float, share: float = 0.75) -> bool | None:
+        """Whether all margins are positive in a closed ball; False where a point of it was seen that has another class, None where neither is known.
+
+        Within a share of the time that is left.
+        """
+        now = time.monotonic()
         try:
-            below, refuted = lowest(self.condensed(radius, 0.6), nodes=nodes, until=now + 0.75 * (self.end - now))
+            below, refuted = lowest(self.condensed(radius, 0.8 * share), nodes=self.nodes, until=now + share * (self.end - now))
         except (CertifyError, TimeoutError):
             return None
         self.limit = self.others[int(below.argmin())]
