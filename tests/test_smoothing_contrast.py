@@ -194,7 +194,7 @@ def test_extreme_noise_gives_a_radius_without_a_warning():
 
 
 def test_the_sum_over_points_is_as_near_as_it_says():
-    """Against a sum with an eighth of the step; the points are such that steps half as long again are not near enough, for the steepest functions."""
+    """Against a sum with an eighth of the step; with steps twice as long many would not be."""
     rng, short = np.random.default_rng(0), 0
     for rise, slope in ((0.0, 0.0), (0.3, 1.0), (1.0, 5.0), (8.0, 0.5), (0.1, 64.0), (3.0, 20.0)):
         z, weight, error = contrast._points(rise, slope, 1.0)

@@ -108,7 +108,7 @@ def _level(q: Array, rise: Array, slope: Array, z: Array, weight: Array) -> tupl
         g = c[..., None] + curve
         chance = special.ndtr(-g) @ weight
         found = special.ndtri(np.clip(chance, 1e-300, 1 - 1e-16))
-        rough = np.abs(found - wanted) * (1 + np.abs(wanted)) >= 1e-6
+        rough = np.abs(found - wanted) * (1 + np.abs(wanted)) >= 1e-8  # its square is what the bound loses
         if not rough.any():
             break
         low, high = np.where(found > wanted, c, low), np.where(found > wanted, high, c)
