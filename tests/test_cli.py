@@ -235,6 +235,17 @@ def test_a_model_and_data_are_known_by_their_contents_and_not_by_their_paths(tmp
         assert main(["attack", model, points, "--arch", arch, "-o", str(tmp_path / shard[0]), "--steps", "3", "--quiet"]) == 0
     assert len(rows(tmp_path / "a")) == 6
     assert main(["check", str(tmp_path / "a"), "--arch", "f.py:make", "--against", str(tmp_path / "2")]) == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    code = ["--arch", "here/f.py:make"]
+    assert main(["check", "a", *code]) == 2
+    assert "a: its model was net.pth, and that is not there from " in capsys.readouterr().err
+    assert main(["check", "a", *code, "--model", "copy.pth"]) == 0  # there is a d.npz here too, which is the same
+    (tmp_path / "d.npz").unlink()
+    assert main(["check", "a", *code, "--model", "copy.pth"]) == 2
+    assert "say where it is now with --data" in capsys.readouterr().err
+    assert main(["check", "a", *code, "--model", "copy.pth", "--data", "here/d.npz"]) == 0
+    monkeypatch.chdir(tmp_path / "here")
     capsys.readouterr()
     assert main(["run", "net.pth", "d.npz", "--arch", "./f.py:other", "-o", str(tmp_path / "a")]) == 2
     assert "started with model {'arch': 'make'}, now it is {'arch': 'other'}" in capsys.readouterr().err

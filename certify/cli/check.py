@@ -144,6 +144,7 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
     from certify.cli.run import UNITS
     from certify.errors import CertifyError
 
+    _refuse_missing(args, manifest)
     sides = _sides(args, manifest, rows)
     shape = tuple(manifest["model"]["input_shape"])
     model = load_model(args, manifest["model"])
@@ -172,6 +173,19 @@ def _results(args: argparse.Namespace, manifest: Mapping[str, Any], rows: Sequen
         against, closer = _against(*sides, model, dataset)
         did, differing = f"{did}; {against}", closer + differing
     return did, wrong + differing, None
+
+
+def _refuse_missing(args: argparse.Namespace, manifest: Mapping[str, Any]) -> None:
+    """A folder has the paths as they were typed; from another working directory they may lead nowhere."""
+    from certify.errors import CertifyError
+
+    model, data = manifest["model"]["spec"], manifest["data"]["spec"]
+    where = data.partition(":")[2]  # of mnist:DIR, mnist:DIR:train
+    places = {"model": (model,), "data": (data, where, where.rpartition(":")[0])}
+    named = {"model": pathlib.Path(model).suffix and ":" not in model, "data": data.partition(":")[0] != "digits"}
+    for name, spec in (("model", model), ("data", data)):
+        if getattr(args, name) is None and named[name] and not any(place and pathlib.Path(place).expanduser().exists() for place in places[name]):
+            raise CertifyError(f"{args.folder}: its {name} was {spec}, and that is not there from {pathlib.Path.cwd()}; say where it is now with --{name}")
 
 
 def _counted(manifest: Mapping[str, Any]) -> bool:
