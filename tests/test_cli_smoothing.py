@@ -696,6 +696,7 @@ def one(): return Module(lambda x: x[:, :1])
 def pair(): return Module(lambda x: (x, x))
 def fewer(): return Module(lambda x: x[1:, :10])
 def narrow(): return nn.Linear(63, 10)
+def half(): return nn.Linear(64, 10).half()
 def nan(): return Module(lambda x: x[:, :10] * float("nan"))
 def training(): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.9)).train()
 """
@@ -710,6 +711,7 @@ def training(): return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropou
         ("pair", "this network returns tuple"),
         ("fewer", "returns (255, 10) for 256 inputs"),
         ("narrow", "does not take 256 inputs of shape (64,)"),
+        ("half", "; convert it with net.float()"),
     ],
 )
 def test_what_is_no_classifier_of_such_inputs_is_refused(tmp_path, capsys, name, match):

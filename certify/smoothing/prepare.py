@@ -124,7 +124,8 @@ def _logits(forward: Forward, x: Tensor, shape: Shape, dtype: str = "float32") -
     try:
         logits = forward(x.clone())
     except Exception as error:  # torch raises many kinds here
-        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in {dtype}: {first_line(error)}") from error
+        hint = "; convert it with net.float()" if "dtype" in first_line(error) else ""  # a network in half precision
+        raise CertifyError(f"the network does not take {len(x)} inputs of shape {shape} in {dtype}: {first_line(error)}{hint}") from error
     if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < 2:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise CertifyError(f"a classifier returns (batch, classes) with at least two classes, this network returns {found} for {len(x)} inputs")
