@@ -13,6 +13,7 @@ from safetensors.numpy import load, save
 from torch import nn
 
 import certify
+import certify.multipliers
 import lipnet
 import sdp
 from certify.cli import main
@@ -128,6 +129,8 @@ def test_a_repeated_run_and_check_prove_the_bound_from_the_multipliers_that_were
     solved.clear()
     assert main(command) == main(["check", str(out)]) == 0
     assert f"proved again from {out}" in capsys.readouterr().err
+    net, late = lipnet.load(tmp_path / "small.safetensors"), certify.LipSDP(norm=float(norm), until=0.0)  # solving has an end, proving has not
+    assert not certify.multipliers.ended_early(certify.multipliers.proved_again(net, late, (64,), out))
     (out / "multipliers.safetensors").unlink()
     assert main(command) == 0  # which has nothing to do
     assert not solved
