@@ -408,7 +408,7 @@ class ConvNet:
         if len(self.tail) > 1:
             return prove(self._tail_system(scale), multipliers), None
         weight = self._divided(self.tail[0].weight, scale) if isinstance(self.tail[0], Matrix) else np.zeros((0, 0))
-        lengths = np.sqrt((weight * weight).sum(axis=1)) * (1 + 1e-6)
+        lengths = np.abs(weight).max(axis=1, initial=0.0) * math.sqrt(weight.shape[1]) * (1 + 1e-6)  # or more; squares could vanish
         pairs = (pair_distances(weight) + 2 * UNIT * (lengths + lengths[:, None])) * (1 + 4 * UNIT)
         np.fill_diagonal(pairs, 0.0)
         return largest_singular_value(weight, relative_error=2 * UNIT), pairs

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 import sdp
-from certify.bound import Array, Assumption, Bound, Domain, Everywhere
+from certify.bound import Array, Assumption, Bound, Box, Domain, Everywhere
 from certify.device import usable
 from certify.errors import CertifyError
 from certify.graph import Graph
-from certify.lure import Lowering, Wired, check
+from certify.lure import Lowering, check
 from certify.methods import Layerwise, LipschitzMethod
+from certify.registry import Shape
 from certify.rounding import multiply_up, up
 from sdp import LureSystem, Progress, Solution, proof_file
 from sdp.chain import Chain, first_order
@@ -34,10 +35,11 @@ class LipSDP(LipschitzMethod):
     """LipSDP (Fazlyab et al. 2019) with one multiplier per nonlinearity: at most the product of the layers' norms, and often several times less.
 
     `norm` is that of the inputs: 2 (to l2), 1 (to l2), or inf (each output, so to l-infinity). On a Ball or a Box the slopes are those that the activations
-    have there, and what does not bend there is eliminated. `pairs` bounds each difference of two outputs by a program of its own, which gives larger radii than
-    `sqrt(2) L`; with `pairs=False` that is what stands in their place. MaxMin, GroupSort, Householder and max pools are one ReLU per comparator, which is never
-    looser than the constraints published for them (Pauli et al. 2024). Whatever the solver says, the bound is what `sdp.prove` proves from its multipliers, and
-    never above the product of the layers (from l-infinity, times the root of the number of inputs). Ctrl-C ends the solver, and what it reached is proved.
+    have there, and what does not bend there is eliminated; entries of a Box that are one number are held. `pairs` bounds each difference of two outputs by a
+    program of its own, which gives larger radii than `sqrt(2) L`; with `pairs=False` that is what stands in their place. MaxMin, GroupSort, Householder and max
+    pools are one ReLU per comparator, which is never looser than the constraints published for them (Pauli et al. 2024). Whatever the solver says, the bound is
+    what `sdp.prove` proves from its multipliers, and never above the product of the layers (from l-infinity, times the root of the number of inputs). Ctrl-C
+    ends the solver, and what it reached is proved.
     """
 
     solver: str = "newton"  # see sdp.lipsdp
@@ -88,9 +90,9 @@ class LipSDP(LipschitzMethod):
         check(graph)
         layers = Layerwise().bound(graph, Everywhere())
         wired = Lowering(graph, domain).run()
-        found = _Solved(self, wired)
+        found = _Solved(self, _moving(wired.system, graph.input_shape, domain), wired.given)
         value = found.value()
-        product = multiply_up(up(math.sqrt(wired.system.inputs)), layers.value) if self.norm == math.inf else layers.value
+        product = multiply_up(up(math.sqrt(found.system.inputs)), layers.value) if self.norm == math.inf else layers.value
         used = min(value, product)
         pairs = found.pairs(used) if len(wired.system.output) > 1 else None
         if pairs is not None and layers.pairs is not None and self.norm != math.inf:
@@ -145,11 +147,17 @@ def _by_torch(device: str, chain: Chain, start: Sequence[Array], *, stop: Callab
     return [part.cpu().numpy() for part in found], claimed
 
 
+def _moving(system: LureSystem, shape: Shape, domain: Domain) -> LureSystem:
+    """With the entries that differ between inputs of a Box as inputs; with all of them for a Box of one input, and elsewhere."""
+    free = np.flatnonzero(np.broadcast_to(domain.low < domain.high, shape)) if isinstance(domain, Box) else np.zeros(0, dtype=np.int64)
+    return system.along(*free) if len(free) else system
+
+
 class _Solved:
     """The programs of one network, solved one after the other until Ctrl-C or the end of the time; or, where there are proposals for them, only proved."""
 
-    def __init__(self, method: LipSDP, wired: Wired) -> None:
-        self.method, self.system, self.given = method, wired.system, wired.given
+    def __init__(self, method: LipSDP, system: LureSystem, given: Array | None) -> None:
+        self.method, self.system, self.given = method, system, given
         self.multipliers: Array | None = None
         self.all_multipliers: list[Array] = []
         self.proposals: dict[str, Array] = {}  # by program

@@ -77,11 +77,11 @@ class LureSystem:
         error = exact + errors
         return self.with_output(row, error * (1 + 2.0**-50) if error.any() else None)
 
-    def along(self, coordinate: int) -> LureSystem:
-        """With one entry of x as its only input, the others held."""
-        keep = np.r_[coordinate, self.inputs : self.size]
+    def along(self, *coordinates: int) -> LureSystem:
+        """With some entries of x as its inputs, the others held."""
+        keep = np.r_[np.array(coordinates, dtype=np.int64), self.inputs : self.size]
         errors = (None if array is None else array[:, keep] for array in (self.rows_error, self.output_error))
-        return LureSystem(1, self.rows[:, keep], self.lower, self.upper, self.output[:, keep], *errors)
+        return LureSystem(len(coordinates), self.rows[:, keep], self.lower, self.upper, self.output[:, keep], *errors)
 
 
 def feed_forward(

@@ -17,6 +17,7 @@ from benchmarks import norms
 from certify import convolution
 from certify.convolution import spectrum_norm
 from certify.registry import rule_for
+from certify.rules.same_conv import tapwise
 
 
 def random_module(rng):
@@ -85,6 +86,16 @@ def test_norms_of_complex_matrices_are_proved_in_exact_arithmetic(scale):
             real_form = exact(np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]]))
             assert exactly_semidefinite(exact_shift(found**2, exact_gram(real_form)))
         assert found <= Fraction(float(np.linalg.norm(stack, 2, axis=(1, 2)).max())) * (1 + Fraction(1, 10**11))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-170, 1e-310, 1e160], ids=str)
+def test_sums_of_frobenius_norms_count_what_no_square_can_hold(scale):
+    kernel = scale * np.random.default_rng(0).standard_normal((2, 3, 3, 2))
+    squares = [sum(Fraction(float(entry)) ** 2 for entry in kernel[:, :, i, j].ravel()) for i in range(3) for j in range(2)]
+    norms_of_taps = [Fraction(math.isqrt(int(square * 4**1200)), 2**1200) for square in squares]  # rounded down by 2^-1200
+    found = Fraction(tapwise(kernel))
+    assert sum(norms_of_taps) <= found <= sum(norms_of_taps) * (1 + Fraction(1, 10**12)) + Fraction(1, 10**322)
+    assert tapwise(0 * kernel) == 0
 
 
 def test_which_matrices_have_a_factor_is_said_one_by_one():

@@ -155,13 +155,17 @@ def test_entries_that_are_held_do_not_count(name: str, how: str) -> None:
         assert bound.value <= 1.5 * float(exact.max())
         assert bound.pairs is not None
         assert (bound.pairs >= (seen[:, :, None] - seen[:, None]).abs().amax(0).numpy()).all()
+        other = certify.lipschitz(net, certify.LipSDP(norm=norm, pairs=False), input_shape=shape, domain=certify.Box(low, high))
+        assert float(exact.max()) <= other.value
+        assert norm == math.inf or other.value <= 2 * float(exact.max())
 
 
 def test_a_box_of_one_input_has_its_whole_jacobian() -> None:
     net, shape = network("relu")
     x = torch.randn(6, dtype=torch.float64)
-    bound = certify.lipschitz(net, certify.Local(norm=2), input_shape=shape, domain=certify.Box(x, x))
-    assert bound.value == pytest.approx(float(torch.linalg.matrix_norm(jacobians(net, x[None])[0], 2)), rel=1e-9)
+    for method in (certify.Local(norm=2), certify.LipSDP()):
+        bound = certify.lipschitz(net, method, input_shape=shape, domain=certify.Box(x, x))
+        assert bound.value == pytest.approx(float(torch.linalg.matrix_norm(jacobians(net, x[None])[0], 2)), rel=1e-6)
 
 
 def test_refusals() -> None:

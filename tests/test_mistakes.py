@@ -103,6 +103,10 @@ MISTAKES = {
         lambda net, x: certify.lipschitz(net, certify.LipSDP(), input_shape=(6,), domain=certify.Box([-math.inf] * 6, [math.inf] * 6)),
         "on a Box of finite numbers, got one without an end; .* leave the domain out",
     ),
+    "box of a batch": (
+        lambda net, x: certify.lipschitz(net, certify.LipSDP(), input_shape=(6,), domain=certify.Box(x[:1], x[:1] + 1)),
+        r"the box has ends of shape \(1, 6\), the network takes inputs of shape \(6,\)$",
+    ),
     "endless ball": (
         lambda net, x: certify.lipschitz(net, certify.LipSDP(), input_shape=(6,), domain=certify.Ball(x[0], math.inf)),
         "of finite radius in l1, l2 or l-infinity, got the radius inf in l2",

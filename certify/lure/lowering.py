@@ -378,7 +378,10 @@ def region_of(domain: Domain, shape: Shape) -> Region | None:
     if isinstance(domain, Box):
         if not (np.isfinite(domain.low).all() and np.isfinite(domain.high).all()):
             raise CertifyError(f"LipSDP is on a Box of finite numbers, got one without an end; {_NO_DOMAIN}")
-        low, high = (np.broadcast_to(np.asarray(end, dtype=np.float64), shape).ravel() for end in (domain.low, domain.high))
+        try:
+            low, high = (np.broadcast_to(end, shape).ravel() for end in (domain.low, domain.high))
+        except ValueError:
+            raise CertifyError(f"the box has ends of shape {domain.low.shape}, the network takes inputs of shape {tuple(shape)}") from None
         center = low / 2 + high / 2
         return Region(center, np.nextafter(np.maximum(high - center, center - low), np.inf), math.inf)
     raise CertifyError(f"a local bound is for a Ball or a Box, got {domain!r}")

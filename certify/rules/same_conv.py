@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from certify.bound import Array, Assumption, Bound
 from certify.convolution import convolution_bound
 from certify.registry import Shape
+from certify.rounding import up
 from sdp.proof import gamma
 
 
@@ -27,5 +30,7 @@ def tapwise(
     kernel: Array,  # (out, in, height, width)
 ) -> float:
     """The sum over the taps of their Frobenius norms: a cheap bound on the norm of any convolution with this kernel, and of its absolute values."""
-    taps = np.sqrt((kernel * kernel).sum(axis=(0, 1)))
-    return float(taps.sum()) * (1 + gamma(kernel.size + 10))
+    exponent = math.frexp(float(np.abs(kernel).max(initial=0.0)))[1]
+    scaled = np.ldexp(kernel, -exponent)  # exact but for what vanishes beside the largest; squares of tiny kernels would all vanish
+    taps = np.sqrt((scaled * scaled).sum(axis=(0, 1)))
+    return up(float(np.ldexp(taps.sum() * (1 + gamma(kernel.size + 10)) + kernel.size * 2.0**-530, exponent))) if scaled.any() else 0.0
