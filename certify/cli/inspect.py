@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 HELP = "Show the layers of a model, its input, and which certifiers apply."
 _COPIES = 100_000  # of an input, as the published tables of smoothing have
 _UNDECIDED = 1000  # gates of a ball whose cost is predicted
-_LIPSDP, _PROOF = (
-    900,
-    15,
-)  # operations of one program in l2 over the cube of what is solved, and of all signals: within a factor of three, on 129 to 885 signals
+_LIPSDP = 900  # operations of one program in l2 over the cube of what is solved: within a factor of three, on 129 to 885 signals
+_PROOF = 15  # the same over the cube of all signals
 _LIPSDP_INF, _LIPSDP_ONE, _PROGRAM = 3300, 5000, 0.02  # the same from the maximum norm and from l1; seconds of the smallest
 _FREQUENCY, _AT_LEAST = 6e3, 0.05  # the same at each frequency, and seconds: within a factor of three of what chains of 25 to 144 signals took
 _LOWRANK = 100  # ... of that of the relaxation over the cube of its constraints: 70 to 145 at 40 and 60 neurons
