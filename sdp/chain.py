@@ -171,11 +171,11 @@ def _smoothed(chain: Chain, t: Sequence[Any], power: float, xp: Any) -> tuple[fl
             x = (x + x.T) / 2
             kept.append((weight, total, product, scale, a))
         xp.linalg.cholesky(x)
+        last = chain.weights[-1]
+        inner = xp.linalg.solve(x, last.T)
+        values, vectors = xp.linalg.eigh((last @ inner + inner.T @ last.T) / 2)
     except (np.linalg.LinAlgError, RuntimeError):  # torch's own error is a RuntimeError
         return math.inf, None
-    last = chain.weights[-1]
-    inner = xp.linalg.solve(x, last.T)
-    values, vectors = xp.linalg.eigh((last @ inner + inner.T @ last.T) / 2)
     largest = float(values[-1])
     if not largest > 0:
         return -math.inf, xp.concatenate([0 * part for part in t])

@@ -16,11 +16,13 @@ from torch import nn
 
 import certify
 import lipnet
+import sdp
 from certify.bound import Ball, Everywhere
 from certify.cli import main
 from certify.graph import Graph
 from certify.lipsdp import LipSDP
 from certify.lure import wire
+from sdp.chain import Chain
 
 BY_NAME = {
     "relu": lambda v: np.maximum(v, 0),
@@ -284,6 +286,21 @@ def test_equal_signals_that_are_sorted_on_a_region_keep_the_bound_tight(norm):
     ball = certify.Ball([3.0, 1.0], 1e-3)
     found, local = (certify.lipschitz(net, method, input_shape=(2,), domain=ball).value for method in (LipSDP(norm=norm), certify.Local(norm=norm)))
     assert found == pytest.approx(local, rel=1e-6)
+
+
+def test_the_first_order_method_ends_where_a_matrix_of_a_layer_is_singular():
+    """Two neurons are the same: its Cholesky factorisation runs to its end, and what is solved with it is singular."""
+    first = np.array([[-0.8502311469014786], [-0.06800599041379808]])
+    second = np.array([0.6439652491159118, -0.1562877762880922, -0.9143003793202409, -0.5752165944879307, 0.18803998910257833, -0.5233153384594824])
+    second = np.append(second, [-0.006428406716187617, 0.6045437494474459]).reshape(4, 2)
+    third = np.array([0.8018165990809025, 0.9790050747908036, 1.4995160584156597, 0.06536914175314666, -0.040524709633525974, 0.41318628431843113])
+    third = np.append(third, [1.0284255967527818, 0.6786592863211385, 0.8348237394920854, 0.08745150941050202, 0.3635443358682566, -1.4363031218710758])
+    third = third.reshape(3, 4)[[0, 0, 1, 2]]
+    last = np.array([[-0.7297972075487844, 0.794348146061851, 1.6014057211041541, -0.3837150654316554]])
+    lower, places = (np.full(2, 0.25), np.zeros(4), np.zeros(4)), (np.arange(2), 2 + np.arange(4), 6 + np.arange(4))
+    chain = Chain((first, second, third, last), lower, (np.ones(2), np.ones(4), np.ones(4)), places)
+    found = sdp.lipsdp(chain.system(), "first-order")
+    assert sdp.lipsdp(chain.system()).bound <= found.bound * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("change", ["hex", "largest_pair", "failure", "guarantee", "assumptions"])
