@@ -257,11 +257,11 @@ class _Sweep:
         slack = 2 * gamma(self.products) * size + _TINY
         layer = Layer(gate, index, center, slack, inputs, earlier, size, low[index], high[index])
         bound = functools.partial(upper_bounds, self.apart, self.region)
-        layer = _below(layer, bound(layer.center, layer.inputs, layer.earlier))
+        layer = _below(layer, bound(layer.center, layer.inputs, layer.earlier, size=layer.size))
         high[index] = layer.high
         if gate.activation == RELU:  # one that is shut needs no bound from below
             layer = layer.part(torch.nonzero(~(layer.high <= 0)).flatten())
-        layer = _above(layer, bound(-layer.center, -layer.inputs, -layer.earlier))
+        layer = _above(layer, bound(-layer.center, -layer.inputs, -layer.earlier, size=layer.size))
         low[layer.index] = layer.low
         layer = layer.part(torch.nonzero(undecided(gate, layer.low, layer.high)).flatten())
         ways = [self.apart] * (self.steps > 0) + [self.layers] * any(before.ellipsoid is not None for before in self.layers)  # neither is always the sharper

@@ -21,9 +21,10 @@ def upper_bounds(
     inputs: Tensor,  # (rows, inputs)
     gates: Tensor,  # (rows, gates of the layers)
     slopes: Tensor | None = None,
+    size: Tensor | None = None,
 ) -> Tensor:  # (rows,)
     """At least the largest `center + inputs d + gates p` over the region."""
-    total, g = linear_upper_bounds(layers, region, center, inputs, gates, slopes)
+    total, g = linear_upper_bounds(layers, region, center, inputs, gates, slopes, size)
     return total + region.support(g)
 
 
@@ -34,10 +35,12 @@ def linear_upper_bounds(
     inputs: Tensor,  # (rows, inputs)
     gates: Tensor,  # (rows, gates of the layers)
     slopes: Tensor | None = None,  # (rows, gates of the layers): of the lines below those gates that have them through zero, and above them in an ellipsoid
+    size: Tensor | None = None,  # (rows,), at least `|center| + |inputs| |d| + |gates| |p|`, where that is known
 ) -> tuple[Tensor, Tensor]:
     """`total` and `g` with `center + inputs d + gates p <= total + g d` on the region, the rounding of all that is computed here in `total`."""
     constant, g, c = center, inputs, gates
-    size = center.abs() + inputs.abs() @ region.reach
+    known = size is not None
+    size = center.abs() + inputs.abs() @ region.reach if size is None else size
     terms, stop = inputs.shape[-1] + 16, gates.shape[-1]
     for layer in reversed(layers):
         start = stop - len(layer.center)
@@ -54,7 +57,7 @@ def linear_upper_bounds(
             shift = torch.fmin(shift, layer.ellipsoid.intercepts(layer.low, layer.high, c[..., start:stop], weight))
             size = size + shift.abs()
         constant = constant + shift + weight @ layer.center + weight.abs() @ layer.slack
-        size = size + (gates[..., start:stop].abs() * layer.peak).sum(-1) + weight.abs() @ layer.size
+        size = size + weight.abs() @ layer.size + (0.0 if known else (gates[..., start:stop].abs() * layer.peak).sum(-1))
         size = size + (above * lines.high_shift.abs() - below * lines.low_shift.abs()).sum(-1)
         g, c = _plus(g, weight, layer.inputs), _plus(c[..., :start], weight, layer.earlier)
         terms, stop = terms + 2 * (stop - start) + 8, start
