@@ -269,7 +269,7 @@ REFUSED_ORTHOGONIUM = {
     "HouseHolder_Order_2": (lambda p: p.HouseHolder_Order_2(4), IMAGE, "a jump"),
     "AdditiveResidual": (lambda p: p.AdditiveResidual(nn.Linear(4, 4)), (4,), "by a parameter"),
     "L2NormResidual": (lambda p: p.L2NormResidual(nn.Linear(4, 4)), (4,), "no rule is known for this operation"),
-    "SLLxAOC": (lambda p: p.SLLxAOCLipschitzResBlock(4, 4, 1), IMAGE, "no rule is known for ParametrizedSLLxAOC"),
+    "SLLxAOC": (lambda p: p.SLLxAOCLipschitzResBlock(4, 4, 1), IMAGE, "ParametrizedSLLxAOCLipschitzResBlock at the top"),
     "SLL with another activation": (lambda p: changed(p.SDPBasedLipschitzResBlock(4, 2), "activation", nn.SiLU()), IMAGE, "its slopes are in"),
     "a bias for more channels": (lambda p: p.LayerCentering2D(4), (1, 6, 6), "repeats the signal"),
     "halves of the height": (lambda p: p.HouseHolder(4, axis=2), (1, 6, 6), "repeats the signal"),
