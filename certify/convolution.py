@@ -159,11 +159,13 @@ def convolution_bound(
     rows = make(input_size[0], kernel.shape[2], down, top, bottom, row_step)
     columns = make(input_size[1], kernel.shape[3], across, left, right, column_step)
     found = [_torus_bound(kernel, axes, groups) for axes in itertools.product(rows, columns)]
-    ends = zip(input_size, kernel.shape[2:], (down, across), ((top, bottom), (left, right)), (row_step, column_step), strict=True)
-    reads = [_reads(*end, mode == "circular") for end in ends]
-    same = mode == "circular" and all(len(read) * step == read.shape[2] for read, step in zip(reads, (down, across), strict=True))
+    reads = (
+        _Reads(input_size[0], kernel.shape[2], down, top, bottom, row_step, mode == "circular"),
+        _Reads(input_size[1], kernel.shape[3], across, left, right, column_step, mode == "circular"),
+    )
+    same = mode == "circular" and all(read.outputs * read.stride == read.size for read in reads)
     if not (same or all(axis.points == 1 for axis in (*rows, *columns))):  # the torus is the image, or it has one frequency
-        found.append(_matrix_bound(kernel, reads[0], reads[1], groups))
+        found.append(_matrix_bound(kernel, *reads, groups))
     return min(found, key=lambda bound: bound[0])
 
 
@@ -218,27 +220,41 @@ def _torus_bound(kernel: Array, axes: tuple[Axis, Axis], groups: int) -> tuple[f
     return value if copies == 1 else multiply_up(value, root_up(copies)), text
 
 
-def _reads(size: int, taps: int, stride: int, padding: tuple[int, int], dilation: int, wraps: bool) -> Array:  # (outputs, taps, size)
-    """Along one axis, 1 where a tap of an output reads a pixel."""
-    outputs = _outputs(size, taps, stride, sum(padding), dilation)
-    read = stride * np.arange(outputs)[:, None] + dilation * np.arange(taps) - padding[0]
-    return np.asarray((read % size if wraps else read)[:, :, None] == np.arange(size), dtype=np.float64)
+@dataclasses.dataclass(frozen=True)
+class _Reads:
+    """What a convolution reads along one axis."""
+
+    size: int
+    taps: int
+    stride: int
+    before: int  # of the padding
+    after: int
+    dilation: int
+    wraps: bool
+
+    @property
+    def outputs(self) -> int:
+        return _outputs(self.size, self.taps, self.stride, self.before + self.after, self.dilation)
+
+    @property
+    def marks(self) -> Array:  # (outputs, taps, size)
+        """1 where a tap of an output reads a pixel."""
+        read = self.stride * np.arange(self.outputs)[:, None] + self.dilation * np.arange(self.taps) - self.before
+        return np.asarray((read % self.size if self.wraps else read)[:, :, None] == np.arange(self.size), dtype=np.float64)
 
 
-def _matrix_bound(
-    kernel: Array,
-    rows: Array,  # (outputs, taps, size) of `_reads`
-    columns: Array,
-    groups: int,
-) -> tuple[float, str]:
+def _matrix_bound(kernel: Array, rows: _Reads, columns: _Reads, groups: int) -> tuple[float, str]:
     """A proved upper bound on the norm of the convolution, written out: no entry is more than one number of the kernel. inf where it is too large for that."""
-    out, into = len(kernel) // groups * len(rows) * len(columns), kernel.shape[1] * rows.shape[2] * columns.shape[2]
-    small = min(out, into)
-    if groups * max(small**3, small * max(out, into) * _MATRIX // 8) > _MATRIX**3 or max(read.sum(axis=1).max() for read in (rows, columns)) > 1:
+    out, into = len(kernel) // groups * rows.outputs * columns.outputs, kernel.shape[1] * rows.size * columns.size
+    small, numbers = min(out, into), max(read.outputs * read.taps * read.size for read in (rows, columns))
+    if groups * max(small**3, small * max(out, into) * _MATRIX // 8) > _MATRIX**3 or numbers > 8 * _MATRIX**2:
+        return math.inf, ""
+    down, across = rows.marks, columns.marks
+    if max(marks.sum(axis=1).max() for marks in (down, across)) > 1:  # two taps meet one pixel
         return math.inf, ""
     value = 0.0
     for part in kernel.reshape(groups, -1, *kernel.shape[1:]):
-        matrix = np.einsum("oitu,ytr,xuc->oyxirc", part, rows, columns, optimize=True).reshape(out, into)
+        matrix = np.einsum("oitu,ytr,xuc->oyxirc", part, down, across, optimize=True).reshape(out, into)
         value = max(value, largest_singular_value(matrix))
     return value, f"norm as {f'{groups} matrices' if groups > 1 else 'a matrix'} of {out}x{into}"
 
