@@ -69,6 +69,60 @@ class Axis:
         return 1.0 if points == self.points else _any_frequency(self.degree, points)
 
 
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """What one convolution reads along one axis."""
+
+    size: int
+    outputs: int
+    taps: int
+    stride: int
+    before: int  # of the padding
+    dilation: int
+    wraps: bool  # the padding is circular
+
+    @property
+    def positions(self) -> NDArray[np.int64]:  # (outputs, taps)
+        """That the network reads."""
+        return self.read(np.arange(self.outputs))
+
+    def read(self, outputs: NDArray[np.int64]) -> NDArray[np.int64]:  # (len(outputs), taps)
+        """The positions behind some outputs, before any torus."""
+        return self.stride * outputs[:, None] + self.dilation * np.arange(self.taps) - self.before
+
+    @property
+    def marks(self) -> Array:  # (outputs, taps, size)
+        """1 where a tap of an output reads a pixel."""
+        read = self.positions % self.size if self.wraps else self.positions
+        return np.asarray(read[:, :, None] == np.arange(self.size), dtype=np.float64)
+
+    @property
+    def looks_outside(self) -> bool:
+        """Whether the network reads zeros of a padding, so that the torus must have zeros there."""
+        return not self.wraps and bool(self._outside(self.positions).any())
+
+    def _outside(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.asarray((positions < 0) | (positions >= self.size))
+
+    def agrees(self, torus: int) -> bool:
+        """Whether the outputs of the image are those of the torus of this size, for a clean input."""
+        if torus % self.stride or self.size > torus or self.outputs > torus // self.stride:
+            return False
+        if self.wraps:
+            return torus == self.size
+        positions = self.positions
+        return bool(self._outside(positions[self._outside(positions)] % torus).all())
+
+    def spills(self, torus: int) -> bool:
+        """Whether an output of the torus that is outside the image reads a pixel."""
+        return not self._outside(self.read(np.arange(self.outputs, torus // self.stride)) % torus).all()
+
+    def enough(self) -> int:
+        """A size from which on every multiple of the stride agrees, unless the padding is circular."""
+        last = self.stride * (self.outputs - 1) + self.dilation * (self.taps - 1) - self.before
+        return max(self.size + self.before, last + 1, self.stride * self.outputs)
+
+
 def zeros_axis(size: int, taps: int, stride: int, before: int, after: int, dilation: int) -> list[Axis]:
     """The smallest torus known to hold `y[i] = sum_t K[t] x[stride i + dilation t - before]`, with x = 0 outside `0..n-1` (n = size).
 
@@ -159,13 +213,13 @@ def convolution_bound(
     rows = make(input_size[0], kernel.shape[2], down, top, bottom, row_step)
     columns = make(input_size[1], kernel.shape[3], across, left, right, column_step)
     found = [_torus_bound(kernel, axes, groups) for axes in itertools.product(rows, columns)]
-    reads = (
-        _Reads(input_size[0], kernel.shape[2], down, top, bottom, row_step, mode == "circular"),
-        _Reads(input_size[1], kernel.shape[3], across, left, right, column_step, mode == "circular"),
-    )
+    reads = []
+    ends = zip(input_size, kernel.shape[2:], (down, across), ((top, bottom), (left, right)), (row_step, column_step), strict=True)
+    for size, taps, step, (before, after), apart in ends:
+        reads.append(Reach(size, _outputs(size, taps, step, before + after, apart), taps, step, before, apart, mode == "circular"))
     same = mode == "circular" and all(read.outputs * read.stride == read.size for read in reads)
     if not (same or all(axis.points == 1 for axis in (*rows, *columns))):  # the torus is the image, or it has one frequency
-        found.append(_matrix_bound(kernel, *reads, groups))
+        found.append(_matrix_bound(kernel, reads[0], reads[1], groups))
     return min(found, key=lambda bound: bound[0])
 
 
@@ -220,30 +274,7 @@ def _torus_bound(kernel: Array, axes: tuple[Axis, Axis], groups: int) -> tuple[f
     return value if copies == 1 else multiply_up(value, root_up(copies)), text
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reads:
-    """What a convolution reads along one axis."""
-
-    size: int
-    taps: int
-    stride: int
-    before: int  # of the padding
-    after: int
-    dilation: int
-    wraps: bool
-
-    @property
-    def outputs(self) -> int:
-        return _outputs(self.size, self.taps, self.stride, self.before + self.after, self.dilation)
-
-    @property
-    def marks(self) -> Array:  # (outputs, taps, size)
-        """1 where a tap of an output reads a pixel."""
-        read = self.stride * np.arange(self.outputs)[:, None] + self.dilation * np.arange(self.taps) - self.before
-        return np.asarray((read % self.size if self.wraps else read)[:, :, None] == np.arange(self.size), dtype=np.float64)
-
-
-def _matrix_bound(kernel: Array, rows: _Reads, columns: _Reads, groups: int) -> tuple[float, str]:
+def _matrix_bound(kernel: Array, rows: Reach, columns: Reach, groups: int) -> tuple[float, str]:
     """A proved upper bound on the norm of the convolution, written out: no entry is more than one number of the kernel. inf where it is too large for that."""
     out, into = len(kernel) // groups * rows.outputs * columns.outputs, kernel.shape[1] * rows.size * columns.size
     small, numbers = min(out, into), max(read.outputs * read.taps * read.size for read in (rows, columns))

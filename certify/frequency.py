@@ -37,7 +37,7 @@ from torch import nn
 
 import lipnet
 from certify.bound import Array, Assumption, Bound, Domain
-from certify.convolution import TWIDDLE, roots_of_unity, two
+from certify.convolution import TWIDDLE, Reach, roots_of_unity, two
 from certify.errors import CertifyError, Problem, Unsupported
 from certify.graph import Graph
 from certify.methods import Layerwise, LipschitzMethod
@@ -149,54 +149,6 @@ class Halves:
     def value(self) -> float:
         """Of the whole; inf where a half is."""
         return multiply_up(self.first, self.last) if math.isfinite(self.first) and math.isfinite(self.last) else math.inf
-
-
-@dataclasses.dataclass(frozen=True)
-class Reach:
-    """What one convolution reads along one axis."""
-
-    size: int  # n_{k-1}
-    outputs: int  # n_k
-    taps: int
-    stride: int
-    before: int  # of the padding
-    dilation: int
-    wraps: bool  # the padding is circular
-
-    @property
-    def positions(self) -> Index:  # (outputs, taps)
-        """That the network reads."""
-        return self.read(np.arange(self.outputs))
-
-    def read(self, outputs: Index) -> Index:  # (len(outputs), taps)
-        """The positions behind some outputs, before any torus."""
-        return self.stride * outputs[:, None] + self.dilation * np.arange(self.taps) - self.before
-
-    @property
-    def looks_outside(self) -> bool:
-        """Whether the network reads zeros of a padding, so that the torus must have zeros there."""
-        return not self.wraps and bool(self._outside(self.positions).any())
-
-    def _outside(self, positions: Index) -> NDArray[np.bool_]:
-        return np.asarray((positions < 0) | (positions >= self.size))
-
-    def agrees(self, torus: int) -> bool:
-        """Whether the outputs of the image are those of the torus of this size, for a clean input."""
-        if torus % self.stride or self.size > torus or self.outputs > torus // self.stride:
-            return False
-        if self.wraps:
-            return torus == self.size
-        positions = self.positions
-        return bool(self._outside(positions[self._outside(positions)] % torus).all())
-
-    def spills(self, torus: int) -> bool:
-        """Whether an output of the torus that is outside the image reads a pixel."""
-        return not self._outside(self.read(np.arange(self.outputs, torus // self.stride)) % torus).all()
-
-    def enough(self) -> int:
-        """A size from which on every multiple of the stride agrees, unless the padding is circular."""
-        last = self.stride * (self.outputs - 1) + self.dilation * (self.taps - 1) - self.before
-        return max(self.size + self.before, last + 1, self.stride * self.outputs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ def test_what_is_written_out_is_the_convolution_entry_by_entry(out, into, groups
 
 def test_large_images_are_not_written_out(monkeypatch):
     monkeypatch.setattr(convolution, "largest_singular_value", None)
-    monkeypatch.setattr(convolution._Reads, "marks", None)  # which of themselves are too much for the memory, along a long axis
+    monkeypatch.setattr(convolution.Reach, "marks", None)  # which of themselves are too much for the memory, along a long axis
     assert "torus" in convolution_bound(np.ones((4, 2, 1, 9)), (1, 16_000), padding=(0, 0, 4, 4))[1]
     assert "torus" in convolution_bound(np.ones((1, 1, 1, 9_999)), (1, 10_000))[1]
     for shape, size, groups in (((8, 8, 3, 3), (12, 12), 1), ((600, 1, 3, 3), (14, 14), 600), ((1, 300, 3, 3), (30, 30), 1)):

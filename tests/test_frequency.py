@@ -13,7 +13,8 @@ import certify
 import lipnet
 import sdp
 from certify import frequency
-from certify.frequency import ConvNet, LipSDPFrequency, Reach
+from certify.convolution import Reach
+from certify.frequency import ConvNet, LipSDPFrequency
 from certify.slopes import slopes
 from lipnet.testing import largest_slope
 from sdp.frequency import FrequencyChain, chain_system, prove_frequencies, solve_frequencies
