@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn import functional
 
 import lipnet
 import sdp
@@ -21,7 +20,7 @@ from certify.bound import Array
 from certify.functions import BatchNorm
 from certify.lure.lowering import Lowering, Wire, lowers, refuse
 from certify.registry import Shape
-from certify.rules.torch_conv import each, padding_of
+from certify.rules.torch_conv import each, padding_of, sources
 from certify.spectral import as_float64
 from lipnet.functional import comparators
 from lipnet.layers.residual import ResidualBlock
@@ -66,8 +65,7 @@ def _sums_taps(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | n
         return False
     pads, taps = padding_of(layer), layer.weight.shape[2:]
     for n, before, after, count, stride, step in zip(size, pads[::2], pads[1::2], taps, layer.stride, layer.dilation, strict=True):
-        shown = functional.pad(torch.arange(n, dtype=torch.float64)[None, None], (before, after), mode=layer.padding_mode).ravel()
-        windows = shown.unfold(0, step * (count - 1) + 1, stride)[:, ::step]
+        windows = sources(n, before, after, layer.padding_mode).unfold(0, step * (count - 1) + 1, stride)[:, ::step]
         if any(len(window.unique()) < count for window in windows):
             return True
     return False

@@ -50,10 +50,14 @@ def padding_of(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
     return tuple(int(half) for half in layer.padding for _ in (0, 1))
 
 
+def sources(size: int, before: int, after: int, mode: str) -> torch.Tensor:
+    """Which pixel is shown at each place of an axis with a border of this kind."""
+    return functional.pad(torch.arange(size, dtype=torch.float64)[None, None], (before, after), mode=mode).long().ravel()
+
+
 def _shown(size: int, before: int, after: int, mode: str) -> int:
-    """How often a border of this kind shows one pixel of an axis, at most."""
-    sources = functional.pad(torch.arange(size, dtype=torch.float64)[None, None], (before, after), mode=mode).long().ravel()
-    return int(torch.bincount(sources).max())
+    """How often such a border shows one pixel, at most."""
+    return int(torch.bincount(sources(size, before, after, mode)).max())
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d, shape: Shape) -> Bound:
