@@ -141,7 +141,7 @@ def bounds(
     mean, half, a, b = first.bends
     ends = constant.new_empty(rows, 2, forms)
     width = 2 * rows * sum(part.shape[-1] for part in start)  # of a form
-    chunk = min(max(1, _CHUNK // max(1, width)), forms)
+    chunk = max(1, min(_CHUNK // max(1, width), forms))
     space = constant.new_empty(3, chunk * width)
     for number in range(0, forms, chunk):
         part = slice(number, number + chunk)

@@ -39,8 +39,9 @@ def linear_upper_bounds(
 ) -> tuple[Tensor, Tensor]:
     """`total` and `g` with `center + inputs d + gates p <= total + g d` on the region, the rounding of all that is computed here in `total`."""
     constant, g, c = center, inputs, gates
-    known = size is not None
-    size = center.abs() + inputs.abs() @ region.reach if size is None else size
+    if size is None:
+        parts = zip(layers, gates.split([len(layer.center) for layer in layers], dim=-1), strict=True)
+        size = sum(((part.abs() * layer.peak).sum(-1) for layer, part in parts), center.abs() + inputs.abs() @ region.reach)
     terms, stop = inputs.shape[-1] + 16, gates.shape[-1]
     for layer in reversed(layers):
         start = stop - len(layer.center)
@@ -57,7 +58,7 @@ def linear_upper_bounds(
             shift = torch.fmin(shift, layer.ellipsoid.intercepts(layer.low, layer.high, c[..., start:stop], weight))
             size = size + shift.abs()
         constant = constant + shift + weight @ layer.center + weight.abs() @ layer.slack
-        size = size + weight.abs() @ layer.size + (0.0 if known else (gates[..., start:stop].abs() * layer.peak).sum(-1))
+        size = size + weight.abs() @ layer.size
         size = size + (above * lines.high_shift.abs() - below * lines.low_shift.abs()).sum(-1)
         g, c = _plus(g, weight, layer.inputs), _plus(c[..., :start], weight, layer.earlier)
         terms, stop = terms + 2 * (stop - start) + 8, start
