@@ -288,10 +288,9 @@ def _smoothing(args: argparse.Namespace, model: Model, dataset: Dataset) -> tupl
 
     if model.input_range is not None and not (model.input_range[0] <= dataset.inputs.min() and dataset.inputs.max() <= model.input_range[1]):
         raise CertifyError(f"{args.data}: inputs are in [{dataset.inputs.min():g}, {dataset.inputs.max():g}], the model takes {list(model.input_range)}")
-    shape = dataset.inputs.shape[1:]
+    shape, device = dataset.inputs.shape[1:], usable(args.device)
     method = smoothing_of(args, model.shape, lipschitz(model.net, Layerwise(), input_shape=model.shape) if args.lipschitz else None)
     procedure = method.procedure(shape)
-    device = usable(args.device)
     net = model.net if device.type == "cpu" else copy.deepcopy(model.net).to(device)
     forward, classes, done = method.prepared(net, shape)
     procedure.start(classes)
